@@ -1,0 +1,297 @@
+"""The update of a weight in the base's own singular basis: C = U^T D V, reduced to a few numbers per component.
+
+Source: Quercia, Bangun, Assent, Scharr, *Least but not Last* (arXiv 2602.03493), Eqs. 6 and 7, in our reading: the
+diagonal of C is how far singular values moved to first order, the rest how far directions turned. What the thin basis
+of a rectangular W does not span is E, and is reported, never dropped. The definitions are in `spectra/definitions.md`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectra.linalg.lowrank import LowRank
+from spectra.linalg.products import matmul
+from spectra.linalg.svd import Spectrum
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+CLUSTER_GAP = 1e-6  # components closer than this (relative to s_0) have no direction of their own
+BLOCK = 256  # rows of C that are reduced at once
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """An update D split over the k components of its base. Arrays are (k,) float64 unless said otherwise.
+
+    Attributes (symbols as in `spectra/definitions.md`):
+        diagonal: C_ii, in the units of the weight.   relative_diagonal: C_ii / s_i.
+        row_energy: sum_{j != i} C_ij^2.   column_energy: sum_{j != i} C_ji^2.
+        outside_energy: squared norm of component i's row (n > m) or column (m > n) of E; 0 where m = n.
+        plasticity: the share of ||D||_F^2 that component i carries; sums to 1 (0 where D = 0).
+        left_stability: cos(W' v_i, u_i).   right_stability: cos(W'^T u_i, v_i).   stability: signed geometric mean of
+            the two.
+        rotation: first-order angle of u_i, radians; NaN inside a cluster of equal singular values.
+        gap: (s_i - s_{i+1}) / s_0.
+        update_energy: ||D||_F^2, from D itself.   size: max(m, n).
+        slice_bounds: (slices + 1,) component indices.   block_energy, cross_energy: (slices,), of the slices' blocks of
+            C.
+    """
+
+    diagonal: Array
+    relative_diagonal: Array
+    row_energy: Array
+    column_energy: Array
+    outside_energy: Array
+    plasticity: Array
+    left_stability: Array
+    right_stability: Array
+    stability: Array
+    rotation: Array
+    gap: Array
+    update_energy: float
+    size: int
+    slice_bounds: NDArray[np.intp]
+    block_energy: Array
+    cross_energy: Array
+
+    @property
+    def diagonal_share(self) -> float:
+        """sum_i C_ii^2 / ||D||_F^2; 0 where D = 0."""
+        return _share(np.dot(self.diagonal, self.diagonal), self.update_energy)
+
+    @property
+    def off_diagonal_share(self) -> float:
+        """sum_{i != j} C_ij^2 / ||D||_F^2; 0 where D = 0."""
+        return _share(self.row_energy.sum(), self.update_energy)
+
+    @property
+    def outside_share(self) -> float:
+        """||E||_F^2 / ||D||_F^2; 0 where D = 0."""
+        return _share(self.outside_energy.sum(), self.update_energy)
+
+    @property
+    def diagonal_enrichment(self) -> float:
+        """diagonal_share x max(m, n): 1 is what independent random entries give."""
+        return self.diagonal_share * self.size
+
+
+def decompose(base: Spectrum, update: Tensor | LowRank, slices: int = 8, gram: Tensor | None = None) -> Decomposition:
+    """Split an update into singular-value changes and direction changes (LbnL, Eqs. 6-7, in our reading).
+
+    Args:
+        base: the spectrum of W (m x n).
+        update: D = W' - W (m x n), of the spectrum's dtype and device, or its factors; then D is never formed.
+        slices: into how many slices of neighbouring components the k components are cut for block and cross energies.
+        gram: the lower triangle of the Gram matrix of D on the short side where the caller has it; saves 2 p^2 q flops.
+    Returns: a `Decomposition`; NaN in relative and cosine columns where s_i = 0.
+    Raises: ValueError where the shapes differ.
+    Cost: 2 m n k + 2 p k^2 flops dense, O((m + n + k) k r) low rank, with p = min(m, n); memory k^2 dense, O(k) low
+        rank.
+
+    >>> from spectra.linalg.svd import svd
+    >>> W = torch.diag(torch.tensor([4.0, 2.0]))
+    >>> round(decompose(svd(W), 0.1 * W).diagonal_share, 9)
+    1.0
+    """
+    if tuple(update.shape) != base.shape:
+        raise ValueError(f"the update is {tuple(update.shape)}, the base {base.shape}")
+    S = base.S.double()
+    gap = base.gap
+    clustered = _clustered(gap)
+    bounds = np.linspace(0, len(S), min(slices, len(S)) + 1).round().astype(np.intp)
+    if isinstance(update, LowRank):
+        factored = _factored_core(base, update)
+        sums = _reduce(factored, S, clustered, bounds)
+        update_energy, outside = _factored_energy(update), _factored_outside(base, update, factored)
+    else:
+        norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
+        scale = _scale(norm, update.dtype)
+        D = update if scale == 1 else (update.double() / scale).to(update.dtype)
+        sums = _reduce(_DenseCore(_dense_core(base, D), scale), S, clustered, bounds)
+        update_energy = norm**2
+        outside = _dense_outside(base, D, scale, gram, sums)
+    return _per_component(base, sums, outside.cpu().numpy(), update_energy, gap, bounds)
+
+
+class Core(Protocol):
+    """C by blocks: rows [start, stop) of C, and of its transpose, as float64 tensors that the caller may overwrite."""
+
+    def rows(self, start: int, stop: int) -> Tensor: ...
+
+    def columns(self, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _DenseCore:
+    C: Tensor  # (k, k), of D / scale
+    scale: float
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.C[start:stop].to(torch.float64, copy=True).mul_(self.scale)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        return self.C[:, start:stop].T.to(torch.float64, copy=True).mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class _FactoredCore:
+    P: Tensor  # (k, r) float64, c U^T B
+    Q: Tensor  # (r, k) float64, A V
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return matmul(self.P[start:stop], self.Q)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        return matmul(self.Q[:, start:stop].T, self.P.T)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What is kept of C: everything else of it is dropped."""
+
+    diagonal: Array  # C_ii
+    rows: Array  # sum_{j != i} C_ij^2
+    columns: Array  # sum_{j != i} C_ji^2
+    turned: Array  # sum_{j != i} t_ij^2, NaN inside a cluster
+    blocks: Array  # (slices, slices) energy of each block of C
+
+
+def _dense_core(base: Spectrum, D: Tensor) -> Tensor:
+    """C = U^T D V (k x k), the long side contracted first."""
+    m, n = base.shape
+    if n >= m:
+        return matmul(base.U.T, matmul(D, base.V))  # (m, m)
+    return matmul(matmul(base.U.T, D), base.V)  # (n, n)
+
+
+def _dense_outside(base: Spectrum, D: Tensor, scale: float, gram: Tensor | None, sums: _Sums) -> Tensor:
+    """||E_i||^2 = ||D v_i||^2 - sum_j C_ji^2 (m > n), ||u_i^T D||^2 - sum_j C_ij^2 (n > m). `D` comes over `scale`."""
+    m, n = base.shape
+    if m == n:
+        return torch.zeros(m, dtype=torch.float64)
+    X = base.V if m > n else base.U  # (p, p): the basis of the short side
+    if gram is None:
+        image = matmul(D if m > n else D.T, X)
+        total = (image.double() ** 2).sum(0) * scale**2
+    else:
+        norm = max(float(torch.trace(gram)), 1e-300)  # ||D||_F^2: keeps float32 products in range
+        total = _quadratic(gram / norm, X) * norm
+    inside = torch.from_numpy((sums.columns if m > n else sums.rows) + sums.diagonal**2).to(total.device)
+    return (total - inside).clamp(min=0)
+
+
+def _quadratic(lower: Tensor, X: Tensor) -> Tensor:
+    """x_i^T G x_i for the columns of X, from the lower triangle of G."""
+    halved = lower.to(X.dtype, copy=True)
+    halved.diagonal().mul_(0.5)
+    return 2 * (matmul(halved, X).double() * X.double()).sum(0)
+
+
+def _factored_core(base: Spectrum, D: LowRank) -> _FactoredCore:
+    return _FactoredCore(D.c * matmul(base.U.T.double(), D.B.double()), matmul(D.A.double(), base.V.double()))
+
+
+def _factored_outside(base: Spectrum, D: LowRank, core: _FactoredCore) -> Tensor:
+    """E = (c B - U P) Q for m > n and its mirror image for n > m, as squared norms per component."""
+    m, n = base.shape
+    if m > n:
+        left = D.c * D.B.double() - matmul(base.U.double(), core.P)  # (m, r)
+        return _quadratic(torch.tril(matmul(left.T, left)), core.Q)
+    if n > m:
+        right = D.A.double() - matmul(core.Q, base.V.T.double())  # (r, n)
+        return _quadratic(torch.tril(matmul(right, right.T)), core.P.T.contiguous())
+    return torch.zeros(m, dtype=torch.float64)
+
+
+def _factored_energy(D: LowRank) -> float:
+    """||c B A||_F^2 = ||c R_B R_A^T||_F^2: exact also where two products of factors nearly cancel."""
+    return float(torch.linalg.vector_norm(D.core())) ** 2
+
+
+def _scale(norm: float, dtype: torch.dtype) -> float:
+    """A power of two near ||D||_F where float32 products of D would leave the range of float32, else 1."""
+    if dtype == torch.float64 or norm == 0 or 1e-12 < norm < 1e12:
+        return 1.0
+    return float(2.0 ** np.round(np.log2(norm)))
+
+
+def _clustered(gap: Array) -> NDArray[np.bool_]:
+    """Whether component i lies within CLUSTER_GAP of a neighbour."""
+    close = np.append(~(gap[:-1] >= CLUSTER_GAP), False)
+    return close | np.roll(close, 1)
+
+
+def _reduce(core: Core, S: Tensor, clustered: NDArray[np.bool_], bounds: NDArray[np.intp]) -> _Sums:
+    """Row, column and block sums of C_ij^2 and t_ij^2 in float64, a block of rows at a time."""
+    k = len(S)
+    diagonal, turned = np.empty(k), np.empty(k)
+    rows, columns = np.zeros(k), np.zeros(k)
+    blocks = np.zeros((len(bounds) - 1, len(bounds) - 1))
+    for low, high in pairwise(bounds):
+        for start in range(int(low), int(high), BLOCK):
+            stop = min(start + BLOCK, int(high))
+            here, inner = slice(start, stop), (np.arange(stop - start), np.arange(start, stop))
+            C, C_transposed = core.rows(start, stop), core.columns(start, stop)  # (block, k), C_ij and C_ji
+            diagonal[here] = C[inner].cpu().numpy()
+            C[inner] = 0.0
+            angles = C_transposed.mul_(S[here, None]).addcmul_(C, S)  # s_i C_ji + s_j C_ij
+            angles /= (S[here, None] - S) * (S[here, None] + S)
+            angles[inner] = 0.0
+            turned[here] = angles.square_().sum(1).cpu().numpy()
+            squares = C.square_()
+            rows[here] = squares.sum(1).cpu().numpy()
+            by_column = squares.sum(0).cpu().numpy()
+            columns += by_column
+            by_column[here] += diagonal[here] ** 2
+            blocks[np.searchsorted(bounds, start, side="right") - 1] += np.add.reduceat(by_column, bounds[:-1])
+    turned[clustered] = np.nan
+    return _Sums(diagonal, rows, columns, turned, blocks)
+
+
+def _per_component(
+    base: Spectrum, sums: _Sums, outside: Array, update_energy: float, gap: Array, bounds: NDArray[np.intp]
+) -> Decomposition:
+    m, n = base.shape
+    s = base.S.cpu().numpy()
+    C_ii, row, column = sums.diagonal, sums.rows, sums.columns
+    moved = s + C_ii
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(s > 0, C_ii / s, np.nan)
+        left = moved / np.sqrt(moved**2 + column + (outside if m > n else 0.0))  # cos(W' v_i, u_i)
+        right = moved / np.sqrt(moved**2 + row + (outside if n > m else 0.0))  # cos(W'^T u_i, v_i)
+        left, right = np.where(s > 0, left, np.nan), np.where(s > 0, right, np.nan)
+        leaving = outside / s**2 if m > n else 0.0
+        rotation = np.where(s > 0, np.sqrt(sums.turned + leaving), np.nan)
+    share = (C_ii**2 + (row + column) / 2 + outside) / update_energy if update_energy > 0 else np.zeros_like(s)
+    within = np.diagonal(sums.blocks).copy()
+    return Decomposition(
+        diagonal=C_ii,
+        relative_diagonal=relative,
+        row_energy=row,
+        column_energy=column,
+        outside_energy=outside,
+        plasticity=share,
+        left_stability=left,
+        right_stability=right,
+        stability=np.copysign(np.sqrt(left * right), moved),
+        rotation=rotation,
+        gap=gap,
+        update_energy=update_energy,
+        size=max(m, n),
+        slice_bounds=bounds,
+        block_energy=within,
+        cross_energy=sums.blocks.sum(0) + sums.blocks.sum(1) - 2 * within,
+    )
+
+
+def _share(energy: float | np.float64, total: float) -> float:
+    return float(energy / total) if total > 0 else 0.0

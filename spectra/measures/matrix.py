@@ -1,0 +1,170 @@
+"""Everything that is measured of one weight matrix and one update of it, in one pass over the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectra.linalg.lowrank import LowRank
+from spectra.linalg.perturbed import perturbed_triplets
+from spectra.linalg.products import gram
+from spectra.linalg.svd import Spectrum
+from spectra.linalg.triplets import Triplets, leading_triplets, singular_values
+from spectra.measures.decomposition import Decomposition, decompose
+from spectra.measures.intruders import intruders
+from spectra.measures.rounding import FLOOR_FACTOR, coarser, rounding_floor, unmoved_share
+from spectra.measures.whole import (
+    cosine,
+    effective_rank,
+    energy_rank,
+    numerical_rank,
+    rank_tolerance,
+    spectral_shift,
+    stable_rank,
+    subspace_overlap,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The measures of one (tuned, matrix): a value per column of `layers`, an array per column of the other tables."""
+
+    layer: dict[str, Any]
+    components: dict[str, Array]
+    slices: dict[str, Array | NDArray[np.intp]]
+
+
+def measure(
+    W: Tensor,
+    base: Spectrum,
+    tuned: Tensor | LowRank,
+    *,
+    base_dtype: torch.dtype,
+    tuned_dtype: torch.dtype,
+    slices: int = 8,
+    top: int = 10,
+    epsilon: float = 0.5,
+) -> Measured:
+    """Measure what happened to W.
+
+    Args:
+        W: (m, n) the base weight, and `base` its spectrum, of one device; W in float32 or float64, as base.U.
+        tuned: W' (m, n), or the update D as factors.
+        base_dtype, tuned_dtype: as stored, for the rounding floor.
+        slices: into how many slices the components are cut.   top: leading triplets compared.   epsilon: intruder
+            threshold.
+    Raises: NotFiniteError where W' holds NaN or infinite entries.
+    """
+    m, n = base.shape
+    if isinstance(tuned, LowRank):
+        triplets = perturbed_triplets(base, tuned, top)
+        split = decompose(base, tuned, slices)
+        update_values = _padded(singular_values(tuned), min(m, n))
+        floor, unmoved = 0.0, float("nan")  # factors carry no storage noise of W or W'
+    else:
+        triplets = leading_triplets(tuned, top)
+        D = tuned.to(W.dtype) - W
+        G = gram(D if m <= n else D.T)
+        split = decompose(base, D, slices, gram=G)
+        update_values = singular_values(D, G).cpu().numpy()
+        floor = rounding_floor(W, base_dtype, tuned_dtype)
+        unmoved = unmoved_share(W, D, coarser(base_dtype, tuned_dtype))
+    s, s_tuned = base.S.cpu().numpy(), triplets.S.cpu().numpy()
+    norm, update_norm = float(np.linalg.norm(s)), float(np.sqrt(split.update_energy))
+    tolerance = rank_tolerance((m, n), W.dtype)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative_update = float(np.float64(update_norm) / norm)
+    layer = {
+        "update_form": "low rank" if isinstance(tuned, LowRank) else "dense",
+        "base_norm": norm,
+        "update_norm": update_norm,
+        "relative_update": relative_update,
+        "cosine": cosine(norm, update_norm, float(s @ split.diagonal)),
+        "diagonal_share": split.diagonal_share,
+        "off_diagonal_share": split.off_diagonal_share,
+        "outside_share": split.outside_share,
+        "diagonal_enrichment": split.diagonal_enrichment,
+        "spectral_norm_update": float(update_values[0]),
+        "nuclear_norm_update": float(update_values.sum()),
+        "stable_rank": stable_rank(update_values),
+        "effective_rank": effective_rank(update_values),
+        "numerical_rank": numerical_rank(update_values, tolerance),
+        "rank_tolerance": tolerance,
+        "energy_rank_90": energy_rank(update_values, 0.90),
+        "energy_rank_99": energy_rank(update_values, 0.99),
+        "spectral_norm_base": float(s[0]),
+        "spectral_norm_tuned": float(s_tuned[0]),
+        "effective_rank_base": effective_rank(s),
+        "effective_rank_tuned": effective_rank(s_tuned),
+        "spectral_shift": spectral_shift(s, s_tuned),
+        **_leading_directions(base, triplets, top, epsilon),
+        "rounding_floor": floor,
+        "below_rounding_floor": relative_update < FLOOR_FACTOR * floor,
+        "unmoved_share": unmoved,
+        "base_algorithm": base.algorithm,
+        "tuned_algorithm": triplets.algorithm,
+    }
+    return Measured(layer, _components(s, s_tuned, update_values, split), _slices(split))
+
+
+def _leading_directions(base: Spectrum, tuned: Triplets, top: int, epsilon: float) -> dict[str, Any]:
+    left, right = (subspace_overlap(base, tuned, side, top) for side in ("left", "right"))
+    found = intruders(base, tuned, top, epsilon)
+    return {
+        "left_overlap": left.overlap,
+        "right_overlap": right.overlap,
+        "left_angle": left.angle,
+        "right_angle": right.angle,
+        "overlap_null": left.null,
+        "intruders": found.count,
+        "lowest_best_cosine": float(found.best_cosine.min()) if len(found.best_cosine) else float("nan"),
+        "cosine_null": found.null,
+    }
+
+
+def _components(s: Array, s_tuned: Array, s_update: Array, split: Decomposition) -> dict[str, Array]:
+    return {
+        "singular_value": s,
+        "tuned_singular_value": s_tuned,
+        "update_singular_value": s_update,
+        "diagonal": split.diagonal,
+        "relative_diagonal": split.relative_diagonal,
+        "row_energy": split.row_energy,
+        "column_energy": split.column_energy,
+        "outside_energy": split.outside_energy,
+        "plasticity": split.plasticity,
+        "left_stability": split.left_stability,
+        "right_stability": split.right_stability,
+        "stability": split.stability,
+        "rotation": split.rotation,
+        "gap": split.gap,
+    }
+
+
+def _slices(split: Decomposition) -> dict[str, Array | NDArray[np.intp]]:
+    bounds, total = split.slice_bounds, split.update_energy or 1.0
+    return {
+        "slice": np.arange(len(bounds) - 1),
+        "start": bounds[:-1],
+        "stop": bounds[1:],
+        "block_energy": split.block_energy,
+        "cross_energy": split.cross_energy,
+        "block_share": split.block_energy / total,
+        "cross_share": split.cross_energy / total,
+        "plasticity": np.add.reduceat(split.plasticity, bounds[:-1]),
+    }
+
+
+def _padded(values: Tensor, k: int) -> Array:
+    """Singular values of a product of r directions, with the k - r zeros that it does not show."""
+    shown = values.cpu().numpy()[:k]
+    return np.pad(shown, (0, k - len(shown)))
