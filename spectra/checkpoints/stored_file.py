@@ -1,0 +1,119 @@
+"""Positioned reads from a file that was described before: no memory map, no handle kept open."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectra.checkpoints.checkpoint import CheckpointError
+from spectra.checkpoints.wording import quoted, shown
+
+# read(2) on Linux moves at most 0x7ffff000 bytes a call; anything below it will do.
+LARGEST_READ = 1 << 30
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A regular file as it was when its header was read.
+
+    Every read opens the file anew, so that any thread may read at once, and refuses a file that has changed since.
+    """
+
+    path: Path
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def at(cls, path: Path) -> StoredFile:
+        """Look at a file without reading it. Raises `CheckpointError` where it is missing, forbidden or no file."""
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(
+                    f"{shown(path)} is not a regular file; give the path of a checkpoint file or folder"
+                )
+            path.open("rb").close()
+        except (OSError, ValueError) as error:
+            raise cannot_read(path, error) from error
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+    def read(self, start: int, length: int) -> bytes:
+        """Bytes [start, start + length); fewer only where the file ends before."""
+        length = max(0, min(length, self.size - start))
+        buffer = bytearray(length)
+        self.fill(memoryview(buffer), start)
+        return bytes(buffer)
+
+    def fill(self, buffer: memoryview, start: int) -> None:
+        """Fill `buffer` from byte `start` on. Raises `CheckpointError` where the file has changed or ends before."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                if (status.st_size, status.st_mtime_ns) != (self.size, self.modified_ns):
+                    raise CheckpointError(
+                        f"{shown(self.path)} has changed since it was opened; "
+                        "wait until it is written, then start again"
+                    )
+                file.seek(start)
+                filled = 0
+                while filled < len(buffer):
+                    count = file.readinto(buffer[filled : filled + LARGEST_READ])
+                    if not count:
+                        raise CheckpointError(f"{shown(self.path)} ends early; copy or download it again")
+                    filled += count
+        except OSError as error:
+            raise cannot_read(self.path, error) from error
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor's elements inside a file: `extent` bytes from `start` on, seen through `shape` and `stride`.
+
+    `stride` (in elements) is None where the elements lie in row-major order without gaps.
+    """
+
+    file: StoredFile
+    name: str
+    start: int
+    extent: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None = None
+
+    def load(self) -> Tensor:
+        """Read this tensor's own bytes and nothing else. Shape and dtype as described, on the CPU."""
+        if prod(self.shape) == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        try:
+            flat = torch.empty(self.extent, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"tensor {quoted(self.name)} of {shown(self.file.path)} needs {self.extent / 1e9:.1f} GB of memory, "
+                "more than there is; use a machine with more"
+            ) from error
+        self.file.fill(flat.numpy().data, self.start)
+        elements = flat.view(self.dtype)
+        if self.stride is None:
+            return elements.reshape(self.shape)
+        tensor = elements.as_strided(self.shape, self.stride)
+        # A view with gaps would keep the whole extent alive; a transposed one loses nothing by staying a view.
+        return tensor.clone() if self.extent != tensor.numel() * tensor.itemsize else tensor
+
+
+def cannot_read(path: Path, error: OSError | ValueError) -> CheckpointError:
+    """The sentence for an operating system error on `path`."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return CheckpointError(f"{shown(path)} does not exist; check the path")
+    if isinstance(error, PermissionError):
+        return CheckpointError(
+            f"{shown(path)} may not be read by this user (permission denied); "
+            "ask its owner for `chmod a+r`, since some writers create weights for their owner alone"
+        )
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return CheckpointError(f"{shown(path)} cannot be read: {reason}; check the path and the disk")
