@@ -1,0 +1,69 @@
+"""What pairing finds: pairs that can be loaded, what has no partner, and what was decided on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spectra.checkpoints.checkpoint import Adapter, Checkpoint
+from spectra.linalg.lowrank import LowRank
+from spectra.matrices import Matrix
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A weight matrix W (m x n) of the base and its tuned counterpart. Nothing is loaded before it is asked for.
+
+    Attributes:
+        matrix: the base's matrix; its rows and columns are those that are compared (the common part).
+        tuned_tensor: the name of the tuned tensor, or of the adapter's update.
+        base_dtype, tuned_dtype: the dtypes as stored.
+        rank: r of the update's factors, where the tuned side is an adapter; None for a tuned matrix W'.
+        note: what a reader must know of this pair ("compared on the first 30522 of 30524 rows"); "" where nothing.
+        tuned_matrix: where W' lies in the tuned tensor (or the rows of this part in the update).
+        base, tuned: the checkpoints that the two are loaded from.
+    """
+
+    matrix: Matrix
+    tuned_tensor: str
+    base_dtype: torch.dtype
+    tuned_dtype: torch.dtype
+    rank: int | None
+    note: str
+    tuned_matrix: Matrix = field(repr=False)
+    base: Checkpoint = field(repr=False, compare=False)
+    tuned: Checkpoint = field(repr=False, compare=False)
+
+    @property
+    def is_low_rank(self) -> bool:
+        return self.rank is not None
+
+    def load_base(self) -> Tensor:
+        """W (m x n), in its stored dtype. The whole tensor that holds it is read."""
+        return self.matrix.extract(self.base[self.matrix.tensor])
+
+    def load_tuned(self) -> Tensor | LowRank:
+        """W' (m x n) in its stored dtype; or, where `is_low_rank`, the update D = W' - W (m x n) as its factors."""
+        if self.is_low_rank and isinstance(self.tuned, Adapter):
+            return self.tuned_matrix.extract_update(self.tuned.update(self.tuned_tensor))
+        return self.tuned_matrix.extract(self.tuned[self.tuned_tensor])
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """What was not compared: a tensor (or a matrix, or some of its rows) of one side, and why."""
+
+    name: str
+    side: str  # "base" | "tuned"
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The pairs in reading order (embeddings, blocks, heads), what was left out, and how names were matched."""
+
+    pairs: tuple[Pair, ...]
+    unmatched: tuple[Unmatched, ...]
+    notes: tuple[str, ...]
