@@ -1,0 +1,175 @@
+"""One base matrix and every update of it: the unit of work that an engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spectra.errors import SpectraError
+from spectra.linalg.lapack import LapackError
+from spectra.linalg.lowrank import LowRank
+from spectra.linalg.svd import NotFiniteError, Spectrum, describe_not_finite, svd
+from spectra.measures.matrix import Measured, measure
+
+if TYPE_CHECKING:
+    from spectra.matrices import Matrix
+    from spectra.pairing import Pair
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the caller chose. dtype None: float32, and float64 where a checkpoint or an adapter's factors deserve it."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    slices: int
+    top: int
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one (tuned, matrix)."""
+
+    tuned: str
+    pair: Pair
+    status: str  # compared | unchanged | failed
+    note: str
+    measured: Measured | None
+    trivial: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> Mapping[str, Any]:
+        """The row of `layers`; measures are absent where there is nothing to measure."""
+        return self.measured.layer if self.measured else self.trivial
+
+
+UNCHANGED: dict[str, Any] = {
+    "update_norm": 0.0,
+    "relative_update": 0.0,
+    "cosine": 1.0,
+    "diagonal_share": 0.0,
+    "off_diagonal_share": 0.0,
+    "outside_share": 0.0,
+    "spectral_norm_update": 0.0,
+    "nuclear_norm_update": 0.0,
+    "numerical_rank": 0,
+    "energy_rank_90": 0,
+    "energy_rank_99": 0,
+    "spectral_shift": 0.0,
+    "intruders": 0,
+    "unmoved_share": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A base matrix with the pairs that share it, one per tuned model."""
+
+    pairs: tuple[tuple[str, Pair], ...]
+
+    @property
+    def matrix(self) -> Matrix:
+        return self.pairs[0][1].matrix
+
+    @property
+    def cost(self) -> int:
+        """Flops, roughly: what orders the jobs and moves the progress bar."""
+        short, long = sorted((self.matrix.rows, self.matrix.columns))
+        return short * short * (long + 4 * short) * (1 + len(self.pairs)) + 10_000
+
+    def run(self, settings: Settings) -> list[Outcome]:
+        """Load, decompose the base once, measure every update. What fails here fails alone and says why."""
+        try:
+            base = _Base(self, settings)
+        except (SpectraError, OSError, MemoryError) as error:
+            return [Outcome(label, pair, "failed", _reason(error, "base", pair), None) for label, pair in self.pairs]
+        return list(self._outcomes(base, settings))
+
+    def _outcomes(self, base: _Base, settings: Settings) -> Iterator[Outcome]:
+        for label, pair in self.pairs:
+            try:
+                yield _outcome(label, pair, base, settings)
+            except (SpectraError, LapackError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+                yield Outcome(label, pair, "failed", _reason(error, label, pair), None)
+
+
+def _precision(pair: Pair, settings: Settings) -> torch.dtype:
+    """The dtype of a pair's products: float64 for float64 weights, and for factors, whose path costs little."""
+    wide = torch.float64 in (pair.base_dtype, pair.tuned_dtype) or pair.is_low_rank
+    return settings.dtype or (torch.float64 if wide else torch.float32)
+
+
+class _Base:
+    """The base weight, and its spectrum from the first time that it is asked for."""
+
+    def __init__(self, job: Job, settings: Settings) -> None:
+        pairs = [pair for _, pair in job.pairs]
+        self.widest = max((_precision(pair, settings) for pair in pairs), key=lambda dtype: dtype.itemsize)
+        self.device = settings.device
+        self.stored: Tensor = pairs[0].load_base()
+        self.name = pairs[0].matrix.tensor
+        self._spectra: dict[torch.dtype, Spectrum] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """W as the numerics take it: no wider than stored until the products need it."""
+        return self.stored.to(self.device, torch.float64 if self.stored.dtype == torch.float64 else torch.float32)
+
+    def spectrum(self, dtype: torch.dtype) -> Spectrum:
+        """The spectrum with vectors of `dtype`: decomposed once, in the widest that is wanted, then rounded."""
+        if not self._spectra:
+            try:
+                self._spectra[self.widest] = svd(self.weight, self.widest)
+            except NotFiniteError as error:
+                raise SpectraError(f"the base's {self.name!r} holds {describe_not_finite(self.stored)}") from error
+        if dtype not in self._spectra:
+            self._spectra[dtype] = self._spectra[self.widest].to(dtype)
+        return self._spectra[dtype]
+
+
+def _outcome(label: str, pair: Pair, base: _Base, settings: Settings) -> Outcome:
+    tuned = pair.load_tuned()
+    if isinstance(tuned, Tensor) and tuned.dtype == base.stored.dtype and torch.equal(tuned, base.stored):
+        norm = float(torch.linalg.vector_norm(base.stored.double()))
+        return Outcome(label, pair, "unchanged", pair.note, None, {**UNCHANGED, "base_norm": norm})
+    dtype = _precision(pair, settings)
+    spectrum = base.spectrum(dtype)
+    if isinstance(tuned, LowRank):
+        tuned = LowRank(tuned.B.to(base.device), tuned.A.to(base.device), tuned.c)
+        if not (bool(torch.isfinite(tuned.B).all()) and bool(torch.isfinite(tuned.A).all())):
+            raise SpectraError(f"the factors for {pair.tuned_tensor!r} in {label!r} hold NaN or infinite entries")
+    else:
+        tuned = tuned.to(base.device, torch.float64 if tuned.dtype == torch.float64 else torch.float32)
+    try:
+        measured = measure(
+            base.weight.to(dtype),
+            spectrum,
+            tuned,
+            base_dtype=pair.base_dtype,
+            tuned_dtype=pair.tuned_dtype,
+            slices=settings.slices,
+            top=settings.top,
+            epsilon=settings.epsilon,
+        )
+    except NotFiniteError as error:
+        assert isinstance(tuned, Tensor)
+        raise SpectraError(f"{pair.tuned_tensor!r} in {label!r} holds {describe_not_finite(tuned)}") from error
+    return Outcome(label, pair, "compared", pair.note, measured)
+
+
+def _reason(error: BaseException, side: str, pair: Pair) -> str:
+    """One sentence for the `note` of a failed row."""
+    if isinstance(error, SpectraError):
+        return str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return (
+            f"{pair.matrix.rows} x {pair.matrix.columns} did not fit into memory; use fewer workers or another device"
+        )
+    if isinstance(error, OSError):
+        return f"{side}: {error.strerror or error}"
+    return f"no singular value decomposition converged for {pair.matrix.name!r}: {error}"
