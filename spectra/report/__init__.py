@@ -1,0 +1,1 @@
+"""What a person sees of a comparison: tables, sentences, pictures and a page, each made from a `Comparison` alone."""
