@@ -1,0 +1,116 @@
+"""`spectra compare`."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import check_writable, finish
+from .progress import progress_bar
+
+
+class Precision(enum.StrEnum):
+    """Precision of the products."""
+
+    auto = "auto"
+    float32 = "float32"
+    float64 = "float64"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(no_args_is_help=True)(compare)
+
+
+def compare(
+    base: Annotated[
+        str, typer.Argument(help="The base: a checkpoint file, a model folder, or a hub id that is in the local cache.")
+    ],
+    tuned: Annotated[
+        list[str],
+        typer.Argument(help="One or more tuned checkpoints, or PEFT adapter folders. One base SVD serves all."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write tables (Parquet), comparison.json, pictures and report.html into this folder."),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Only matrices whose name fits this glob, such as '*.attention.*'. May be repeated."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="No matrices whose name fits this glob. May be repeated.")
+    ] = None,
+    transposed: Annotated[
+        list[str] | None,
+        typer.Option(help="Globs of the tensors stored (in x out), instead of what config, names and shapes tell."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    dtype: Annotated[
+        Precision, typer.Option(help="Precision of the products; auto is float32, float64 where the weights are.")
+    ] = Precision.auto,
+    slices: Annotated[int, typer.Option(help="Cut each matrix's components into so many slices.", min=1)] = 8,
+    triplets: Annotated[
+        int, typer.Option(help="Leading singular triplets of the tuned matrix held against the base.", min=1)
+    ] = 10,
+    epsilon: Annotated[
+        float, typer.Option(help="A leading direction with no base cosine above this is an intruder.", min=0, max=1)
+    ] = 0.5,
+    workers: Annotated[int | None, typer.Option(help="Matrices at a time; by default one a core.", min=1)] = None,
+    top: Annotated[int, typer.Option(help="How many of the most changed matrices the table shows.", min=1)] = 15,
+    pictures: Annotated[bool, typer.Option(help="Whether --out gets pictures and report.html.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Hold tuned checkpoints against their base, matrix by matrix, in the base's own singular basis.
+
+    Shows which components kept their place and which carried the change, how far singular values moved and
+    directions turned, the rank of the update, and whether new "intruder" directions appeared. What could not be
+    compared is listed with the reason.
+
+    Examples:
+
+      spectra compare base.safetensors tuned.safetensors
+
+      spectra compare base/ full/ lora-adapter/ --out result/
+
+      spectra compare base.pt tuned.pt --include '*.mlp.*' --json
+    """
+    if out is not None:
+        check_writable(out)
+    import torch
+
+    from spectra.comparing import ComparisonInterrupted
+    from spectra.comparing import compare as compare_checkpoints
+
+    interrupted = False
+    with progress_bar(quiet or as_json) as progress:
+        try:
+            result = compare_checkpoints(
+                base,
+                tuned,
+                include=include or (),
+                exclude=exclude or (),
+                transposed=transposed or None,
+                device=device,
+                dtype=None if dtype is Precision.auto else getattr(torch, dtype.value),
+                slices=slices,
+                top=triplets,
+                epsilon=epsilon,
+                workers=workers,
+                progress=progress,
+            )
+        except ComparisonInterrupted as interruption:
+            result, interrupted = interruption.comparison, True
+    finish(result, out=out, pictures=pictures and not interrupted, as_json=as_json, quiet=quiet, top=top)
+    if interrupted:
+        typer.echo(f"spectra: interrupted; {_finished(len(result.layers), out)}", err=True)
+        raise typer.Exit(130)
+
+
+def _finished(rows: int, out: Path | None) -> str:
+    where = f"are in {out}" if out else "were shown above (give --out to keep them)"
+    return f"the {rows} matrices that were finished {where}"

@@ -1,0 +1,76 @@
+"""Where results go: the folder of `--out`, checked before the work and filled after it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from spectra.errors import SpectraError
+
+if TYPE_CHECKING:
+    from spectra.comparison import Comparison
+
+PICTURES = "pictures"  # a folder of our own below --out, so that those of an earlier run can be cleared away
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder and a file in it, so that hours of work do not end at a missing permission."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".spectra-"):
+            pass
+    except OSError as error:
+        raise SpectraError(
+            f"cannot write into {folder}: {error.strerror or error}; choose another folder for --out"
+        ) from error
+
+
+def finish(result: Comparison, *, out: Path | None, pictures: bool, as_json: bool, quiet: bool, top: int) -> None:
+    """Write the comparison into `out`, then print it: also where writing fails, which is raised afterwards."""
+    failure: SpectraError | None = None
+    if out is not None:
+        try:
+            _save(result, out, pictures)
+        except SpectraError as error:
+            failure, out = error, None
+    _show(result, out, as_json, quiet, top)
+    if failure is not None:
+        raise failure
+
+
+def _show(result: Comparison, out: Path | None, as_json: bool, quiet: bool, top: int) -> None:
+    """Print the comparison as a table or as JSON."""
+    if as_json:
+        from spectra.report.tables import to_json
+
+        json.dump(to_json(result, top), sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    elif not quiet:
+        from spectra.report.tables import print_comparison
+
+        print_comparison(result, Console(), top=top, out=out)
+    sys.stdout.flush()
+
+
+def _save(result: Comparison, folder: Path, pictures: bool) -> None:
+    """Write tables, pictures and the page. Tables first: they are what cannot be made again from the rest."""
+    result.save(folder)
+    if pictures:
+        from spectra.report.page import write_page
+        from spectra.report.plots import save_pictures
+
+        try:
+            drawn = save_pictures(result, folder / PICTURES)
+            for earlier in set((folder / PICTURES).glob("*.png")) - set(drawn):
+                earlier.unlink()
+            write_page(result, folder, drawn)
+        except OSError as error:
+            raise SpectraError(
+                f"the tables are complete in {folder}, but its pictures could not be written: "
+                f"{error.strerror or error}; free some space and run `spectra report {folder}`"
+            ) from error
