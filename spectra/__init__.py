@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from spectra.errors import SpectraError
 
 if TYPE_CHECKING:
-    from spectra import demo
+    import spectra.demo as demo
     from spectra.checkpoints import Checkpoint, CheckpointError, open_checkpoint
     from spectra.comparing import compare
     from spectra.comparison import Comparison, load

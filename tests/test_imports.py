@@ -126,7 +126,7 @@ def test_wheel_holds_every_module_and_nothing_called_cli(tmp_path: Path) -> None
     source = tmp_path / "source"  # a build leaves folders beside the sources
     for folder in ("spectra", "cli"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = "from setuptools.build_meta import build_wheel; import sys; build_wheel(sys.argv[1])"
     command = [sys.executable, "-c", build, str(tmp_path)]

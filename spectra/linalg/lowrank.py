@@ -46,9 +46,10 @@ class LowRank:
         return LowRank(self.B, self.A[:, start:stop], self.c)
 
     def core(self) -> Tensor:
-        """c R_B R_A^T (r x r at most) with B = Q_B R_B, A^T = Q_A R_A: has D's singular values. float64, O((m + n) r^2)."""
+        """c R_B R_A^T, where B = Q_B R_B and A^T = Q_A R_A: it has D's singular values. float64, O((m + n) r^2)."""
         R_B, R_A = torch.linalg.qr(self.B.double()).R, torch.linalg.qr(self.A.T.double()).R
-        return self.c * (R_B @ R_A.T)
+        product: Tensor = R_B @ R_A.T
+        return self.c * product
 
     def dense(self) -> Tensor:
         """D (m x n), in 2 m n r flops."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from spectra.linalg.lapack import add_gram
 
 CLEARLY_FASTER = 1.5
-CHUNK = 2048  # columns that are upcast to float64 at once, so that no float64 copy of a whole weight is made
+CHUNK = 512  # columns that are upcast to float64 at once, so that no float64 copy of a whole weight is made
 
 
 def matmul(A: Tensor, B: Tensor) -> Tensor:

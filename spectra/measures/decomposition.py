@@ -113,7 +113,9 @@ def decompose(base: Spectrum, update: Tensor | LowRank, slices: int = 8, gram: T
         sums = _reduce(factored, S, clustered, bounds)
         update_energy, outside = _factored_energy(update), _factored_outside(base, update, factored)
     else:
-        norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
+        norm = float(
+            torch.linalg.vector_norm(update, dtype=torch.float64) if gram is None else torch.trace(gram).sqrt()
+        )
         scale = _scale(norm, update.dtype)
         D = update if scale == 1 else (update.double() / scale).to(update.dtype)
         sums = _reduce(_DenseCore(_dense_core(base, D), scale), S, clustered, bounds)

@@ -16,7 +16,7 @@ from spectra.linalg.svd import Spectrum
 from spectra.linalg.triplets import Triplets, leading_triplets, singular_values
 from spectra.measures.decomposition import Decomposition, decompose
 from spectra.measures.intruders import intruders
-from spectra.measures.rounding import FLOOR_FACTOR, coarser, rounding_floor, unmoved_share
+from spectra.measures.rounding import FLOOR_FACTOR, Rounding, rounding
 from spectra.measures.whole import (
     cosine,
     effective_rank,
@@ -69,18 +69,19 @@ def measure(
         triplets = perturbed_triplets(base, tuned, top)
         split = decompose(base, tuned, slices)
         update_values = _padded(singular_values(tuned), min(m, n))
-        floor, unmoved = 0.0, float("nan")  # factors carry no storage noise of W or W'
+        stored = Rounding(0.0, float("nan"))  # factors carry no storage noise of W or W'
     else:
         triplets = leading_triplets(tuned, top)
         D = tuned.to(W.dtype) - W
         G = gram(D if m <= n else D.T)
         split = decompose(base, D, slices, gram=G)
         update_values = singular_values(D, G).cpu().numpy()
-        floor = rounding_floor(W, base_dtype, tuned_dtype)
-        unmoved = unmoved_share(W, D, coarser(base_dtype, tuned_dtype))
+        stored = rounding(W, D, base_dtype, tuned_dtype)
     s, s_tuned = base.S.cpu().numpy(), triplets.S.cpu().numpy()
     norm, update_norm = float(np.linalg.norm(s)), float(np.sqrt(split.update_energy))
-    tolerance = rank_tolerance((m, n), W.dtype)
+    exact = isinstance(tuned, LowRank) or base_dtype == tuned_dtype == torch.float64
+    digits = torch.float64 if exact else torch.float32
+    tolerance = rank_tolerance((m, n), digits, stored.floor * norm, float(update_values[0]))
     with np.errstate(divide="ignore", invalid="ignore"):
         relative_update = float(np.float64(update_norm) / norm)
     layer = {
@@ -107,9 +108,9 @@ def measure(
         "effective_rank_tuned": effective_rank(s_tuned),
         "spectral_shift": spectral_shift(s, s_tuned),
         **_leading_directions(base, triplets, top, epsilon),
-        "rounding_floor": floor,
-        "below_rounding_floor": relative_update < FLOOR_FACTOR * floor,
-        "unmoved_share": unmoved,
+        "rounding_floor": stored.floor,
+        "below_rounding_floor": relative_update < FLOOR_FACTOR * stored.floor,
+        "unmoved_share": stored.unmoved_share,
         "base_algorithm": base.algorithm,
         "tuned_algorithm": triplets.algorithm,
     }

@@ -32,10 +32,21 @@ def effective_rank(s: Array) -> float:
     return float(np.exp(-(p @ np.log(p))))
 
 
-def rank_tolerance(shape: tuple[int, int], dtype: torch.dtype) -> float:
-    """max(m, n) eps: singular values under this share of s_0 count as zero. eps of float32 for narrower dtypes."""
-    wide = dtype if dtype == torch.float64 else torch.float32
-    return max(shape) * torch.finfo(wide).eps
+NOISE_MARGIN = 1.5  # rows of unequal scale make noise matrices of larger norm than equal ones
+
+
+def rank_tolerance(shape: tuple[int, int], dtype: torch.dtype, noise: float, spectral_norm: float) -> float:
+    """The share of s_0 under which singular values of D count as zero.
+
+    Args: shape (m, n); dtype of the update's digits, whose eps times max(m, n) is the least tolerance; `noise`, the
+    expected Frobenius norm of storage rounding in D, which as a random matrix has a spectral norm of noise (1/sqrt(m) +
+    1/sqrt(n)); `spectral_norm`, ||D||_2. At most 1.
+    """
+    m, n = shape
+    least = max(shape) * torch.finfo(dtype).eps
+    if spectral_norm == 0:
+        return least
+    return min(1.0, max(least, NOISE_MARGIN * noise * (1 / sqrt(m) + 1 / sqrt(n)) / spectral_norm))
 
 
 def numerical_rank(s: Array, tolerance: float) -> int:

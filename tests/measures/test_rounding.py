@@ -8,13 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectra.measures.rounding import coarser, rounding_floor, unmoved_share
-from tests.reference import rounding, whole
+from spectra.measures.rounding import rounding
+from tests.reference import rounding as reference
+from tests.reference import whole
 from tests.reference.singular import Array
 from tests.strategies import seeds
 
 STORAGE = [torch.bfloat16, torch.float16, torch.float32]
 SHAPE = (300, 400)
+
+
+def rounding_floor(W: torch.Tensor, base_dtype: torch.dtype, tuned_dtype: torch.dtype) -> float:
+    wide = W if W.dtype == torch.float64 else W.float()
+    return rounding(wide, torch.zeros_like(wide), base_dtype, tuned_dtype).floor
 
 
 def draw(distribution: str, generator: np.random.Generator) -> Array:
@@ -41,7 +47,7 @@ def test_the_floor_is_the_noise_that_storage_leaves(
     generator = np.random.default_rng(0)
     W = draw(distribution, generator)
     D = 0.1 * draw(distribution, generator)
-    noise = rounding.storage_noise(W, D, base_dtype, tuned_dtype)
+    noise = reference.storage_noise(W, D, base_dtype, tuned_dtype)
     stored = torch.from_numpy(W).to(base_dtype)
     assert rounding_floor(stored, base_dtype, tuned_dtype) == pytest.approx(noise, rel=0.03)
     assert rounding_floor(stored.float(), base_dtype, tuned_dtype) == pytest.approx(noise, rel=0.03)
@@ -58,7 +64,7 @@ def test_gaussian_weights_have_the_known_floors(dtype: torch.dtype, known: float
 
 def test_float16_below_its_normal_range_keeps_an_absolute_spacing() -> None:
     W = np.random.default_rng(2).normal(0, 1e-6, SHAPE)  # the spacing of subnormals is 6e-8
-    noise = rounding.storage_noise(W, 0.3 * W[::-1], torch.float16, torch.float16)
+    noise = reference.storage_noise(W, 0.3 * W[::-1], torch.float16, torch.float16)
     assert rounding_floor(torch.from_numpy(W), torch.float16, torch.float16) == pytest.approx(noise, rel=0.05)
 
 
@@ -88,16 +94,16 @@ def test_unmoved_share_counts_steps_of_one_spacing(dtype: torch.dtype, size: flo
     tuned = (W.double() + torch.from_numpy(D)).to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     update = tuned.to(wide) - W.to(wide)
-    assert unmoved_share(W.to(wide), update, dtype) == pytest.approx(whole.unmoved_share(W, tuned), abs=1e-12)
+    assert rounding(W.to(wide), update, dtype, dtype).unmoved_share == pytest.approx(
+        whole.unmoved_share(W, tuned), abs=1e-12
+    )
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "expected"),
-    [
-        (torch.bfloat16, torch.float16, torch.bfloat16),
-        (torch.float32, torch.float16, torch.float16),
-        (torch.float64, torch.float32, torch.float32),
-    ],
-)
-def test_the_coarser_dtype_has_the_wider_spacing(one: torch.dtype, other: torch.dtype, expected: torch.dtype) -> None:
-    assert coarser(one, other) == coarser(other, one) == expected
+@pytest.mark.parametrize(("one", "other"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_unmoved_is_told_by_the_coarser_dtype(one: torch.dtype, other: torch.dtype) -> None:
+    W = torch.from_numpy(np.random.default_rng(4).uniform(1, 2, SHAPE)).float()  # spacing eps in every dtype
+    coarse, fine = sorted((torch.finfo(one).eps, torch.finfo(other).eps), reverse=True)
+    for pair in ((one, other), (other, one)):
+        assert rounding(W, torch.full(SHAPE, 0.9 * coarse), *pair).unmoved_share == 1
+        assert rounding(W, torch.full(SHAPE, 1.1 * coarse), *pair).unmoved_share == 0
+    assert fine < coarse
