@@ -59,6 +59,10 @@ def compare(
     epsilon: Annotated[
         float, typer.Option(help="A leading direction with no base cosine above this is an intruder.", min=0, max=1)
     ] = 0.5,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Iterate leading triplets only: no ranks of dense updates, no spectral shift."),
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Matrices at a time; by default one a core.", min=1)] = None,
     top: Annotated[int, typer.Option(help="How many of the most changed matrices the table shows.", min=1)] = 15,
     pictures: Annotated[bool, typer.Option(help="Whether --out gets pictures and report.html.")] = True,
@@ -100,6 +104,7 @@ def compare(
                 slices=slices,
                 top=triplets,
                 epsilon=epsilon,
+                fast=fast,
                 workers=workers,
                 progress=progress,
             )

@@ -46,6 +46,7 @@ def compare(
     slices: int = 8,
     top: int = 10,
     epsilon: float = 0.5,
+    fast: bool = False,
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Comparison:
@@ -63,6 +64,8 @@ def compare(
             adapters.
         slices: into how many slices of neighbouring components block and cross energies are cut.
         top: leading triplets of the tuned matrix that are held against the base.   epsilon: threshold of an intruder.
+        fast: iterate the leading triplets only. Ranks, nuclear norm and spectral shift of dense updates are missing
+            then, and the rotation of updates given as factors; everything else stays.
         workers: matrices at a time; by default one a core.
         progress: called with (cost done, cost in all, matrix name) after each matrix.
     Returns: a `Comparison`. Matrices that cannot be compared are rows of status "failed" with the reason.
@@ -78,7 +81,7 @@ def compare(
     started = time.perf_counter()
     if slices < 1 or top < 1 or not 0 <= epsilon <= 1 or (workers is not None and workers < 1):
         raise SpectraError("slices, top and workers must be at least 1, and epsilon must lie between 0 and 1")
-    settings = Settings(_device(device), dtype, slices, top, epsilon)
+    settings = Settings(_device(device), dtype, slices, top, epsilon, fast)
     base_checkpoint = open_checkpoint(base)
     tuned_checkpoints = {label: open_checkpoint(source) for label, source in labelled(tuned).items()}
     pairings = {
@@ -115,6 +118,7 @@ def compare(
             "slices": slices,
             "top": top,
             "epsilon": epsilon,
+            "fast": fast,
         },
         "device": str(settings.device),
         "workers": count,

@@ -25,6 +25,7 @@ MEASURES = (
     "intruders", "lowest_best_cosine", "cosine_null", "rounding_floor", "below_rounding_floor", "unmoved_share",
 )  # fmt: skip
 SOLVERS = ("base_algorithm", "tuned_algorithm")
+RESIDUALS = ("tuned_residual",)
 COUNTS = ("numerical_rank", "energy_rank_90", "energy_rank_99", "intruders")
 TEXTS = ("tuned", "name", "tensor", "part", "role", "status", "note", *STORED, *SOLVERS)
 COMPONENTS = (
@@ -39,7 +40,7 @@ UNMATCHED = ("tuned", "name", "side", "reason")
 def layers_frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     """A row per (tuned, matrix). Missing measures are NaN, missing counts NA, missing words empty."""
     rows = [_layer_row(outcome) for outcome in outcomes]
-    frame = pd.DataFrame(rows, columns=[*IDENTITY, *STORED, *MEASURES, *SOLVERS])
+    frame = pd.DataFrame(rows, columns=[*IDENTITY, *STORED, *MEASURES, *SOLVERS, *RESIDUALS])
     frame["layer"] = frame["layer"].astype("Int64")
     for column in COUNTS:
         frame[column] = frame[column].astype("Int64")
@@ -48,7 +49,7 @@ def layers_frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     for column in TEXTS:
         frame[column] = frame[column].astype("object").fillna("").astype("str")
     frame["below_rounding_floor"] = frame["below_rounding_floor"].astype("boolean").fillna(False).astype("bool")
-    for column in MEASURES:
+    for column in (*MEASURES, *RESIDUALS):
         if column not in COUNTS and column != "below_rounding_floor":
             frame[column] = frame[column].astype("float64")
     return frame

@@ -29,6 +29,7 @@ class Settings:
     slices: int
     top: int
     epsilon: float
+    fast: bool
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Job:
 
 def _precision(pair: Pair, settings: Settings) -> torch.dtype:
     """The dtype of a pair's products: float64 for float64 weights, and for factors, whose path costs little."""
-    wide = torch.float64 in (pair.base_dtype, pair.tuned_dtype) or pair.is_low_rank
+    wide = torch.float64 in (pair.base_dtype, pair.tuned_dtype) or (pair.is_low_rank and not settings.fast)
     return settings.dtype or (torch.float64 if wide else torch.float32)
 
 
@@ -155,6 +156,7 @@ def _outcome(label: str, pair: Pair, base: _Base, settings: Settings) -> Outcome
             slices=settings.slices,
             top=settings.top,
             epsilon=settings.epsilon,
+            fast=settings.fast,
         )
     except NotFiniteError as error:
         assert isinstance(tuned, Tensor)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import spectra
 from spectra.comparing import ComparisonInterrupted, labelled
 from spectra.definitions import definitions
-from spectra.frames import COMPONENTS, IDENTITY, MEASURES, SLICES, SOLVERS, STORED, UNMATCHED
+from spectra.frames import COMPONENTS, IDENTITY, MEASURES, RESIDUALS, SLICES, SOLVERS, STORED, UNMATCHED
 
 Weights = dict[str, torch.Tensor]
 
@@ -33,7 +33,7 @@ def pair() -> tuple[Weights, Weights]:
 
 def test_every_column_is_there_and_has_its_definition(pair: tuple[Weights, Weights]) -> None:
     result = spectra.compare(*pair)
-    assert list(result.layers) == [*IDENTITY, *STORED, *MEASURES, *SOLVERS]
+    assert list(result.layers) == [*IDENTITY, *STORED, *MEASURES, *SOLVERS, *RESIDUALS]
     assert list(result.components) == ["tuned", "name", *COMPONENTS]
     assert list(result.slices) == ["tuned", "name", *SLICES]
     assert list(result.unmatched) == list(UNMATCHED)

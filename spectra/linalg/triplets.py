@@ -22,18 +22,20 @@ VALUES_TAIL = 1e-5  # values under VALUES_TAIL * s_0 lose more than 1e-10 s_0 to
 
 @dataclass(frozen=True)
 class Triplets:
-    """All singular values of an m x n matrix and its j leading triplets (y_i, s_i, z_i).
+    """The singular values of an m x n matrix and its j leading triplets (y_i, s_i, z_i).
 
     Attributes:
-        Y: (m, j) left singular vectors.   S: (min(m, n),) all singular values, float64, descending.   Z: (n, j) right
-            ones.
+        Y: (m, j) left singular vectors.   Z: (n, j) right ones.
+        S: all min(m, n) singular values, or the j leading ones where they were iterated; float64, descending.
         algorithm: which solver gave them.
+        residual: max_i ||A z_i - s_i y_i|| / s_0 of iterated triplets; NaN for direct ones, which need none.
     """
 
     Y: Tensor
     S: Tensor
     Z: Tensor
     algorithm: str
+    residual: float = float("nan")
 
 
 def leading_triplets(W: Tensor, count: int) -> Triplets:

@@ -84,13 +84,16 @@ class Decomposition:
         return self.diagonal_share * self.size
 
 
-def decompose(base: Spectrum, update: Tensor | LowRank, slices: int = 8, gram: Tensor | None = None) -> Decomposition:
+def decompose(
+    base: Spectrum, update: Tensor | LowRank, slices: int = 8, gram: Tensor | None = None, rotation: bool = True
+) -> Decomposition:
     """Split an update into singular-value changes and direction changes (LbnL, Eqs. 6-7, in our reading).
 
     Args:
         base: the spectrum of W (m x n).
         update: D = W' - W (m x n), of the spectrum's dtype and device, or its factors; then D is never formed.
         slices: into how many slices of neighbouring components the k components are cut for block and cross energies.
+        rotation: False leaves it out (NaN) for a low-rank update, which spares the only work that grows with k^2.
         gram: the lower triangle of the Gram matrix of D on the short side where the caller has it; saves 2 p^2 q flops.
     Returns: a `Decomposition`; NaN in relative and cosine columns where s_i = 0.
     Raises: ValueError where the shapes differ.
@@ -110,7 +113,7 @@ def decompose(base: Spectrum, update: Tensor | LowRank, slices: int = 8, gram: T
     bounds = np.linspace(0, len(S), min(slices, len(S)) + 1).round().astype(np.intp)
     if isinstance(update, LowRank):
         factored = _factored_core(base, update)
-        sums = _reduce(factored, S, clustered, bounds)
+        sums = _reduce(factored, S, clustered, bounds) if rotation else _reduce_factored(factored, bounds)
         update_energy, outside = _factored_energy(update), _factored_outside(base, update, factored)
     else:
         norm = float(
@@ -199,17 +202,18 @@ def _quadratic(lower: Tensor, X: Tensor) -> Tensor:
 
 
 def _factored_core(base: Spectrum, D: LowRank) -> _FactoredCore:
-    return _FactoredCore(D.c * matmul(base.U.T.double(), D.B.double()), matmul(D.A.double(), base.V.double()))
+    P = D.c * matmul(base.U.T, D.B.to(base.U.dtype)).double()
+    return _FactoredCore(P, matmul(D.A.to(base.V.dtype), base.V).double())
 
 
 def _factored_outside(base: Spectrum, D: LowRank, core: _FactoredCore) -> Tensor:
     """E = (c B - U P) Q for m > n and its mirror image for n > m, as squared norms per component."""
     m, n = base.shape
     if m > n:
-        left = D.c * D.B.double() - matmul(base.U.double(), core.P)  # (m, r)
+        left = D.c * D.B.double() - matmul(base.U, core.P.to(base.U.dtype)).double()  # (m, r)
         return _quadratic(torch.tril(matmul(left.T, left)), core.Q)
     if n > m:
-        right = D.A.double() - matmul(core.Q, base.V.T.double())  # (r, n)
+        right = D.A.double() - matmul(core.Q.to(base.V.dtype), base.V.T).double()  # (r, n)
         return _quadratic(torch.tril(matmul(right, right.T)), core.P.T.contiguous())
     return torch.zeros(m, dtype=torch.float64)
 
@@ -257,6 +261,19 @@ def _reduce(core: Core, S: Tensor, clustered: NDArray[np.bool_], bounds: NDArray
             blocks[np.searchsorted(bounds, start, side="right") - 1] += np.add.reduceat(by_column, bounds[:-1])
     turned[clustered] = np.nan
     return _Sums(diagonal, rows, columns, turned, blocks)
+
+
+def _reduce_factored(core: _FactoredCore, bounds: NDArray[np.intp]) -> _Sums:
+    """The same sums without rotation from r x r Gram matrices of the factors, O(k r^2)."""
+    P, Q = core.P.cpu().numpy(), core.Q.cpu().numpy()  # (k, r), (r, k)
+    diagonal = np.einsum("ir,ri->i", P, Q)
+    rows = np.einsum("ir,rs,is->i", P, Q @ Q.T, P, optimize=True) - diagonal**2
+    columns = np.einsum("ri,rs,si->i", Q, P.T @ P, Q, optimize=True) - diagonal**2
+    pieces = [slice(low, high) for low, high in pairwise(bounds)]
+    of_rows = np.array([P[piece].T @ P[piece] for piece in pieces])
+    of_columns = np.array([Q[:, piece] @ Q[:, piece].T for piece in pieces])
+    blocks = np.einsum("ars,brs->ab", of_rows, of_columns)
+    return _Sums(diagonal, rows.clip(min=0), columns.clip(min=0), np.full(len(diagonal), np.nan), blocks)
 
 
 def _per_component(

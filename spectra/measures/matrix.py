@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectra.linalg.iterative import float32_gram, lanczos_triplets
+from spectra.linalg.lapack import LapackError
 from spectra.linalg.lowrank import LowRank
 from spectra.linalg.perturbed import perturbed_triplets
 from spectra.linalg.products import gram
@@ -53,6 +55,7 @@ def measure(
     slices: int = 8,
     top: int = 10,
     epsilon: float = 0.5,
+    fast: bool = False,
 ) -> Measured:
     """Measure what happened to W.
 
@@ -62,26 +65,24 @@ def measure(
         base_dtype, tuned_dtype: as stored, for the rounding floor.
         slices: into how many slices the components are cut.   top: leading triplets compared.   epsilon: intruder
             threshold.
+        fast: iterate the leading triplets instead of computing all singular values. What needs them all (nuclear norm,
+            effective, numerical and energy ranks, spectral shift) is NaN then, but for updates given as factors; and so
+            is the rotation of those.
     Raises: NotFiniteError where W' holds NaN or infinite entries.
     """
-    m, n = base.shape
     if isinstance(tuned, LowRank):
-        triplets = perturbed_triplets(base, tuned, top)
-        split = decompose(base, tuned, slices)
-        update_values = _padded(singular_values(tuned), min(m, n))
+        found = _factored(base, tuned, slices, top, fast)
         stored = Rounding(0.0, float("nan"))  # factors carry no storage noise of W or W'
     else:
-        triplets = leading_triplets(tuned, top)
         D = tuned.to(W.dtype) - W
-        G = gram(D if m <= n else D.T)
-        split = decompose(base, D, slices, gram=G)
-        update_values = singular_values(D, G).cpu().numpy()
+        found = _dense(base, tuned, D, slices, top, fast)
         stored = rounding(W, D, base_dtype, tuned_dtype)
-    s, s_tuned = base.S.cpu().numpy(), triplets.S.cpu().numpy()
+    triplets, split, update_values = found
+    s, s_tuned = base.S.cpu().numpy(), _padded(triplets.S, len(base.S), np.nan)
     norm, update_norm = float(np.linalg.norm(s)), float(np.sqrt(split.update_energy))
     exact = isinstance(tuned, LowRank) or base_dtype == tuned_dtype == torch.float64
     digits = torch.float64 if exact else torch.float32
-    tolerance = rank_tolerance((m, n), digits, stored.floor * norm, float(update_values[0]))
+    tolerance = rank_tolerance(base.shape, digits, stored.floor * norm, float(update_values[0]))
     with np.errstate(divide="ignore", invalid="ignore"):
         relative_update = float(np.float64(update_norm) / norm)
     layer = {
@@ -96,12 +97,9 @@ def measure(
         "diagonal_enrichment": split.diagonal_enrichment,
         "spectral_norm_update": float(update_values[0]),
         "nuclear_norm_update": float(update_values.sum()),
-        "stable_rank": stable_rank(update_values),
-        "effective_rank": effective_rank(update_values),
-        "numerical_rank": numerical_rank(update_values, tolerance),
+        "stable_rank": stable_rank(split.update_energy, float(update_values[0])),
+        **_ranks(update_values, tolerance),
         "rank_tolerance": tolerance,
-        "energy_rank_90": energy_rank(update_values, 0.90),
-        "energy_rank_99": energy_rank(update_values, 0.99),
         "spectral_norm_base": float(s[0]),
         "spectral_norm_tuned": float(s_tuned[0]),
         "effective_rank_base": effective_rank(s),
@@ -113,8 +111,49 @@ def measure(
         "unmoved_share": stored.unmoved_share,
         "base_algorithm": base.algorithm,
         "tuned_algorithm": triplets.algorithm,
+        "tuned_residual": triplets.residual,
     }
     return Measured(layer, _components(s, s_tuned, update_values, split), _slices(split))
+
+
+def _factored(base: Spectrum, D: LowRank, slices: int, top: int, fast: bool) -> tuple[Triplets, Decomposition, Array]:
+    """Triplets of W + D, the split of D and its singular values, from the factors."""
+    try:
+        triplets = perturbed_triplets(base, D, top, iterate=fast)
+    except LapackError:
+        triplets = perturbed_triplets(base, D, top)
+    return triplets, decompose(base, D, slices, rotation=not fast), _padded(singular_values(D), len(base.S), 0.0)
+
+
+def _dense(
+    base: Spectrum, tuned: Tensor, D: Tensor, slices: int, top: int, fast: bool
+) -> tuple[Triplets, Decomposition, Array]:
+    """Triplets of W', the split of D and its singular values: all of them, or (`fast`) the largest and NaN."""
+    short = D if D.shape[0] <= D.shape[1] else D.T
+    if fast and D.dtype == torch.float32:
+        try:
+            triplets = lanczos_triplets(tuned, top)
+            G = float32_gram(short)
+            largest = lanczos_triplets(D, 1, G).S
+            return triplets, decompose(base, D, slices, gram=torch.tril(G)), _padded(largest, len(base.S), np.nan)
+        except LapackError:
+            pass  # small, clustered or out of float32's range: the direct way copes
+    triplets = leading_triplets(tuned, top)
+    G = gram(short)
+    split = decompose(base, D, slices, gram=G)
+    return triplets, split, singular_values(D, G).cpu().numpy()
+
+
+def _ranks(values: Array, tolerance: float) -> dict[str, Any]:
+    """The ranks that need every singular value; none where some are not known."""
+    if np.isnan(values).any():
+        return {"effective_rank": np.nan, "numerical_rank": None, "energy_rank_90": None, "energy_rank_99": None}
+    return {
+        "effective_rank": effective_rank(values),
+        "numerical_rank": numerical_rank(values, tolerance),
+        "energy_rank_90": energy_rank(values, 0.90),
+        "energy_rank_99": energy_rank(values, 0.99),
+    }
 
 
 def _leading_directions(base: Spectrum, tuned: Triplets, top: int, epsilon: float) -> dict[str, Any]:
@@ -165,7 +204,7 @@ def _slices(split: Decomposition) -> dict[str, Array | NDArray[np.intp]]:
     }
 
 
-def _padded(values: Tensor, k: int) -> Array:
-    """Singular values of a product of r directions, with the k - r zeros that it does not show."""
+def _padded(values: Tensor, k: int, fill: float) -> Array:
+    """Singular values as k numbers: those that were not computed, or that r directions do not have, are `fill`."""
     shown = values.cpu().numpy()[:k]
-    return np.pad(shown, (0, k - len(shown)))
+    return np.pad(shown, (0, k - len(shown)), constant_values=fill)

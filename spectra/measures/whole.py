@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
-def stable_rank(s: Array) -> float:
-    """||D||_F^2 / ||D||_2^2 from the singular values; NaN for a zero matrix."""
-    return float((s / s[0]) @ (s / s[0])) if s[0] > 0 else float("nan")
+def stable_rank(energy: float, spectral_norm: float) -> float:
+    """||D||_F^2 / ||D||_2^2; NaN for a zero matrix."""
+    return energy / spectral_norm**2 if spectral_norm > 0 else float("nan")
 
 
 def effective_rank(s: Array) -> float:
-    """exp of the entropy of s / sum(s) (Roy and Vetterli 2007); NaN for a zero matrix."""
-    if s[0] <= 0:
+    """exp of the entropy of s / sum(s) (Roy and Vetterli 2007); NaN for a zero or not wholly known s."""
+    if s[0] <= 0 or np.isnan(s).any():
         return float("nan")
     p = s[s > 0] / s.sum()
     return float(np.exp(-(p @ np.log(p))))

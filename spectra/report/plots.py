@@ -114,11 +114,13 @@ class Plots:
         """Singular values of the base, the tuned matrix and the update, logarithmic."""
         rows, tuned = self._components(name, tuned)
         layers = self._layers(tuned)
-        directions = float(layers["energy_rank_90"][layers["name"] == name].iloc[0])
+        directions = layers["energy_rank_90"][layers["name"] == name].dropna()
         ax = _axes(ax)
         columns = ("singular_value", "tuned_singular_value", "update_singular_value")
         drawing.spectrum(ax, *(rows[column].to_numpy(dtype=np.float64) for column in columns))
-        message = f"90% of the update in {number(directions)} of {len(rows)} directions"
+        message = "Singular values of base, tuned weight and update"
+        if len(directions):  # a fast comparison does not know it
+            message = f"90% of the update in {number(float(directions.iloc[0]))} of {len(rows)} directions"
         drawing.label(ax, message, f"{tuned}: {name}", "index $i$", r"singular value $\sigma_i$")
         return ax
 
