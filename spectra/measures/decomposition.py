@@ -239,28 +239,35 @@ def _clustered(gap: Array) -> NDArray[np.bool_]:
 def _reduce(core: Core, S: Tensor, clustered: NDArray[np.bool_], bounds: NDArray[np.intp]) -> _Sums:
     """Row, column and block sums of C_ij^2 and t_ij^2 in float64, a block of rows at a time."""
     k = len(S)
-    diagonal, turned = np.empty(k), np.empty(k)
-    rows, columns = np.zeros(k), np.zeros(k)
-    blocks = np.zeros((len(bounds) - 1, len(bounds) - 1))
-    for low, high in pairwise(bounds):
-        for start in range(int(low), int(high), BLOCK):
-            stop = min(start + BLOCK, int(high))
-            here, inner = slice(start, stop), (np.arange(stop - start), np.arange(start, stop))
-            C, C_transposed = core.rows(start, stop), core.columns(start, stop)  # (block, k), C_ij and C_ji
-            diagonal[here] = C[inner].cpu().numpy()
-            C[inner] = 0.0
-            angles = C_transposed.mul_(S[here, None]).addcmul_(C, S)  # s_i C_ji + s_j C_ij
-            angles /= (S[here, None] - S) * (S[here, None] + S)
-            angles[inner] = 0.0
-            turned[here] = angles.square_().sum(1).cpu().numpy()
-            squares = C.square_()
-            rows[here] = squares.sum(1).cpu().numpy()
-            by_column = squares.sum(0).cpu().numpy()
-            columns += by_column
-            by_column[here] += diagonal[here] ** 2
-            blocks[np.searchsorted(bounds, start, side="right") - 1] += np.add.reduceat(by_column, bounds[:-1])
-    turned[clustered] = np.nan
-    return _Sums(diagonal, rows, columns, turned, blocks)
+    in_slice = torch.zeros(
+        k, len(bounds) - 1, dtype=torch.float64, device=S.device
+    )  # 1 where component i is in slice a
+    for index, (low, high) in enumerate(pairwise(bounds)):
+        in_slice[low:high, index] = 1.0
+    diagonal, rows, columns, turned = (torch.zeros(k, dtype=torch.float64, device=S.device) for _ in range(4))
+    blocks = torch.zeros(len(bounds) - 1, len(bounds) - 1, dtype=torch.float64, device=S.device)
+    for start in range(0, k, BLOCK):
+        here = slice(start, start + BLOCK)
+        C, C_transposed = (
+            core.rows(start, start + BLOCK),
+            core.columns(start, start + BLOCK),
+        )  # (block, k), C_ij and C_ji
+        diagonal[here] = C.diagonal(start)
+        C.diagonal(start).zero_()
+        angles = C_transposed.mul_(S[here, None]).addcmul_(C, S)  # s_i C_ji + s_j C_ij
+        angles /= (S[here, None] - S) * (S[here, None] + S)
+        angles.diagonal(start).zero_()
+        turned[here] = angles.square_().sum(1)
+        squares = C.square_()
+        by_slice = matmul(squares, in_slice)  # (block, slices)
+        rows[here] = by_slice.sum(1)
+        columns += squares.sum(0)
+        blocks += matmul(in_slice[here].T, by_slice)
+    blocks += torch.diag(matmul(in_slice.T, diagonal[:, None] ** 2).flatten())
+    sums = (diagonal, rows, columns, turned, blocks)
+    result = _Sums(*(each.cpu().numpy() for each in sums))
+    result.turned[clustered] = np.nan
+    return result
 
 
 def _reduce_factored(core: _FactoredCore, bounds: NDArray[np.intp]) -> _Sums:
