@@ -38,7 +38,9 @@ test: $(STAMPS)/dev $(TEST_WEIGHTS:%=weights-%)
 	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 bench: $(STAMPS)/core
-	set -e; for script in tests/benchmarks/[a-z]*.py; do $(BIN)/python "$$script"; done
+	$(BIN)/python tests/benchmarks/bench_compare.py
+	$(BIN)/python tests/benchmarks/bench_memory.py
+	$(BIN)/python tests/benchmarks/bench_engine.py --quick
 
 figures: $(STAMPS)/core
 	set -e; for script in figures/[a-z]*.py; do $(BIN)/python "$$script"; done

@@ -14,7 +14,7 @@ from rich.console import Console  # noqa: E402
 
 from spectra.errors import SpectraError  # noqa: E402
 
-from . import compare, define, demo, inspect, report  # noqa: E402
+from . import cache, compare, define, demo, extract, inspect, report  # noqa: E402
 
 app = typer.Typer(
     name="spectra",
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _command in (compare, inspect, report, define, demo):
+for _command in (compare, inspect, report, extract, cache, define, demo):
     _command.register(app)
 
 

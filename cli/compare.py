@@ -64,6 +64,13 @@ def compare(
         typer.Option("--fast", help="Iterate leading triplets only: no ranks of dense updates, no spectral shift."),
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Matrices at a time; by default one a core.", min=1)] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Keep the base's spectra in this folder: later runs with this base skip its SVD."),
+    ] = None,
+    cache_limit: Annotated[
+        float, typer.Option(help="GiB in that folder; beyond it, the least recently used spectra go.", min=0)
+    ] = 20,
     top: Annotated[int, typer.Option(help="How many of the most changed matrices the table shows.", min=1)] = 15,
     pictures: Annotated[bool, typer.Option(help="Whether --out gets pictures and report.html.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")] = False,
@@ -106,6 +113,8 @@ def compare(
                 epsilon=epsilon,
                 fast=fast,
                 workers=workers,
+                cache=cache,
+                cache_limit=int(cache_limit * 2**30),
                 progress=progress,
             )
         except ComparisonInterrupted as interruption:

@@ -37,7 +37,7 @@ def finish(result: Comparison, *, out: Path | None, pictures: bool, as_json: boo
         try:
             _save(result, out, pictures)
         except SpectraError as error:
-            failure, out = error, None
+            failure, out = error, out if (out / "comparison.json").exists() else None
     _show(result, out, as_json, quiet, top)
     if failure is not None:
         raise failure

@@ -9,19 +9,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import spectra
-from spectra.checkpoints import Checkpoint, fingerprint, open_checkpoint
+from spectra.cache import SpectrumCache
+from spectra.checkpoints import Adapter, Checkpoint, fingerprint, open_checkpoint
 from spectra.comparison import Comparison
 from spectra.engines import local
 from spectra.errors import SpectraError
 from spectra.jobs import Job, Outcome, Settings
+from spectra.labels import labelled
 from spectra.linalg.products import gemm_library
-from spectra.pairing import Pairing, pair
+from spectra.pairing import Pairing, Unmatched, pair
 
 Source = Any  # a path, a hub id, a state dict, an nn.Module, or an open Checkpoint
 
@@ -48,6 +49,8 @@ def compare(
     epsilon: float = 0.5,
     fast: bool = False,
     workers: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    cache_limit: int = 20 * 2**30,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Comparison:
     """What fine-tuning did to every weight matrix, in the base's own singular basis.
@@ -67,6 +70,8 @@ def compare(
         fast: iterate the leading triplets only. Ranks, nuclear norm and spectral shift of dense updates are missing
             then, and the rotation of updates given as factors; everything else stays.
         workers: matrices at a time; by default one a core.
+        cache: a folder that keeps the base's spectra for later runs; it is made where there is none.
+        cache_limit: bytes in it, beyond which the least recently used spectra go.
         progress: called with (cost done, cost in all, matrix name) after each matrix.
     Returns: a `Comparison`. Matrices that cannot be compared are rows of status "failed" with the reason.
     Raises: SpectraError for input that cannot be read or matched; ComparisonInterrupted (a KeyboardInterrupt) on
@@ -79,10 +84,19 @@ def compare(
     1.0
     """
     started = time.perf_counter()
+    include, exclude = ([given] if isinstance(given, str) else given for given in (include, exclude))
+    if dtype not in (None, torch.float32, torch.float64):
+        raise SpectraError(f"dtype is {dtype!r}, which the products cannot have; give torch.float32 or torch.float64")
     if slices < 1 or top < 1 or not 0 <= epsilon <= 1 or (workers is not None and workers < 1):
         raise SpectraError("slices, top and workers must be at least 1, and epsilon must lie between 0 and 1")
-    settings = Settings(_device(device), dtype, slices, top, epsilon, fast)
+    spectra_kept = SpectrumCache(cache, cache_limit) if cache is not None else None
+    settings = Settings(_device(device), dtype, slices, top, epsilon, fast, spectra_kept)
     base_checkpoint = open_checkpoint(base)
+    if isinstance(base_checkpoint, Adapter):
+        raise SpectraError(
+            f"{base_checkpoint.source} is an adapter and no base; give the model that it was trained on first, "
+            "and the adapter after it"
+        )
     tuned_checkpoints = {label: open_checkpoint(source) for label, source in labelled(tuned).items()}
     pairings = {
         label: pair(base_checkpoint, checkpoint, include, exclude, transposed)
@@ -92,24 +106,26 @@ def compare(
     count = workers or (1 if settings.device.type == "cuda" else local.available_cores())
     total, done = sum(job.cost for job in jobs), 0
     finished: list[list[Outcome]] = [[] for _ in jobs]
+    described = {label: _described(checkpoint) for label, checkpoint in tuned_checkpoints.items()}
+    of_base = _described(base_checkpoint)
     interrupted = False
     try:
-        for index, outcomes in local.run(lambda job: job.run(settings), jobs, count):
-            finished[index] = outcomes
+        for index, found in local.run(lambda job: job.run(settings), jobs, count):
+            finished[index] = found
             done += jobs[index].cost
             if progress:
                 progress(done, total, jobs[index].matrix.name)
+        of_base |= _hashed(base_checkpoint)
+        for label, checkpoint in tuned_checkpoints.items():
+            described[label] |= _hashed(checkpoint)
     except KeyboardInterrupt:
         interrupted = True
     outcomes = _in_order(finished, pairings)
     provenance = {
         "spectra": spectra.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base": {**_described(base_checkpoint), **({} if interrupted else fingerprint(base_checkpoint))},
-        "tuned": {
-            label: {**_described(checkpoint), **({} if interrupted else fingerprint(checkpoint))}
-            for label, checkpoint in tuned_checkpoints.items()
-        },
+        "base": of_base,
+        "tuned": described,
         "options": {
             "include": list(include),
             "exclude": list(exclude),
@@ -124,6 +140,7 @@ def compare(
         "workers": count,
         "threads_per_worker": 1,
         "gemm": gemm_library() if settings.device.type == "cpu" else "torch",
+        "cache": _cache_used(spectra_kept),
         "algorithms": _algorithms(outcomes),
         "versions": _versions(),
         "seconds": round(time.perf_counter() - started, 3),
@@ -134,51 +151,6 @@ def compare(
     if interrupted:
         raise ComparisonInterrupted(result)
     return result
-
-
-def labelled(tuned: Source | Sequence[Source] | Mapping[str, Source]) -> dict[str, Source]:
-    """Give every tuned source a short label: its own, or the end of its path that tells it from the others."""
-    if isinstance(tuned, Mapping) and not isinstance(tuned, Checkpoint):
-        if tuned and not any(isinstance(value, torch.Tensor) for value in tuned.values()):
-            if _is_container(tuned):
-                return {"tuned": tuned}
-            return {str(label): source for label, source in tuned.items()}
-        return {"tuned": tuned}
-    sources = list(tuned) if isinstance(tuned, list | tuple) else [tuned]
-    if not sources:
-        raise SpectraError("no tuned checkpoint was given; name at least one after the base")
-    labels = _path_labels([_parts(source, index, len(sources)) for index, source in enumerate(sources)])
-    return dict(zip(labels, sources, strict=True))
-
-
-def _is_container(tuned: Mapping[str, Any]) -> bool:
-    """Whether a mapping is one nested checkpoint ({"state_dict": {...}, "epoch": 3}) rather than labels of several."""
-    return any(not isinstance(value, str | os.PathLike | Mapping | torch.nn.Module) for value in tuned.values())
-
-
-def _parts(source: Source, index: int, of: int) -> tuple[str, ...]:
-    """The words of a source, the most telling last."""
-    if isinstance(source, Checkpoint):
-        source = source.source
-    if not isinstance(source, str | os.PathLike):
-        return ("tuned" if of == 1 else f"tuned {index + 1}",)
-    path = Path(source).absolute() if Path(source).exists() else Path(source)
-    return tuple(part for part in (*path.parts[:-1], path.stem if path.is_file() else path.name) if part != os.sep)
-
-
-def _path_labels(paths: Sequence[tuple[str, ...]]) -> list[str]:
-    """The last part that differs between the paths; more of the path, then a number, where one part is not enough."""
-    if len(paths) == 1:
-        generic = {"pytorch_model", "model", "adapter_model", "checkpoint", "consolidated"}
-        return [next((part for part in reversed(paths[0]) if part not in generic), paths[0][-1])]
-    for depth in range(1, max(len(path) for path in paths) + 1):
-        ends = ["/".join(path[-depth:]) for path in paths]
-        single = [path[-depth] if len(path) >= depth else path[0] for path in paths]
-        if len(set(single)) == len(paths):
-            return single
-        if len(set(ends)) == len(paths):
-            return ends
-    return [f"{path[-1]} {index + 1}" for index, path in enumerate(paths)]
 
 
 def _device(name: str) -> torch.device:
@@ -218,17 +190,44 @@ def _in_order(finished: Sequence[Sequence[Outcome]], pairings: Mapping[str, Pair
 def _tabulated(outcomes: Sequence[Outcome], pairings: Mapping[str, Pairing], provenance: dict[str, Any]) -> Comparison:
     from spectra.frames import components_frame, layers_frame, slices_frame, unmatched_frame
 
+    unmatched = [(label, item) for label, pairing in pairings.items() for item in pairing.unmatched]
     return Comparison(
         layers=layers_frame(outcomes),
         components=components_frame(outcomes),
         slices=slices_frame(outcomes),
-        unmatched=unmatched_frame((label, item) for label, pairing in pairings.items() for item in pairing.unmatched),
+        unmatched=unmatched_frame([*unmatched, *_unreached(outcomes, pairings)]),
         provenance=provenance,
     )
 
 
+def _unreached(outcomes: Sequence[Outcome], pairings: Mapping[str, Pairing]) -> list[tuple[str, Unmatched]]:
+    """The matrices that an interrupted run did not come to."""
+    reached = {(outcome.tuned, outcome.pair.matrix.name) for outcome in outcomes}
+    reason = "not reached: the run was interrupted"
+    return [
+        (label, Unmatched(item.matrix.name, "base", reason))
+        for label, pairing in pairings.items()
+        for item in pairing.pairs
+        if (label, item.matrix.name) not in reached
+    ]
+
+
+def _hashed(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The files with their SHA-256. A file that went away while the work was done costs its hash, not the work."""
+    try:
+        return fingerprint(checkpoint)
+    except (SpectraError, OSError) as error:
+        return {"sha256": None, "not_hashed": str(error)}
+
+
 def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"source": checkpoint.source, "kind": type(checkpoint).__name__.lower(), "tensors": len(checkpoint)}
+
+
+def _cache_used(cache: SpectrumCache | None) -> dict[str, Any] | None:
+    if cache is None:
+        return None
+    return {"folder": str(cache.folder), "hits": cache.hits, "misses": cache.misses}
 
 
 def _algorithms(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
@@ -256,6 +255,7 @@ def _notes(
     notes = [f"{base.source}: {note}" for note in base.notes]
     for label, checkpoint in tuned.items():
         notes += [f"{label}: {note}" for note in (*checkpoint.notes, *pairings[label].notes)]
+    notes += settings.cache.notes if settings.cache else ()
     if device == "mps" and settings.device.type == "cpu":
         notes.append("device mps has no float64 arithmetic: the matrices were decomposed on the CPU")
     return list(dict.fromkeys(notes))

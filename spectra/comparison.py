@@ -43,6 +43,12 @@ class Comparison:
     unmatched: pd.DataFrame
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        tuned = list(dict.fromkeys(self.layers["tuned"]))
+        counts = self.layers["status"].value_counts()
+        words = ", ".join(f"{count} {status}" for status, count in counts.items())
+        return f"Comparison({len(self.layers)} rows of {tuned}: {words or 'nothing compared'})"
+
     def diagnosis(self) -> list[Finding]:
         """Sentences about the whole comparison, each with the numbers that led to it."""
         from spectra.report.diagnosis import diagnose

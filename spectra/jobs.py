@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from spectra.linalg.svd import NotFiniteError, Spectrum, describe_not_finite, sv
 from spectra.measures.matrix import Measured, measure
 
 if TYPE_CHECKING:
+    from spectra.cache import SpectrumCache
     from spectra.matrices import Matrix
     from spectra.pairing import Pair
 
@@ -30,6 +32,7 @@ class Settings:
     top: int
     epsilon: float
     fast: bool
+    cache: SpectrumCache | None = None
 
 
 @dataclass(frozen=True)
@@ -109,43 +112,49 @@ class _Base:
     """The base weight, and its spectrum from the first time that it is asked for."""
 
     def __init__(self, job: Job, settings: Settings) -> None:
-        pairs = [pair for _, pair in job.pairs]
-        self.widest = max((_precision(pair, settings) for pair in pairs), key=lambda dtype: dtype.itemsize)
-        self.device = settings.device
-        self.stored: Tensor = pairs[0].load_base()
-        self.name = pairs[0].matrix.tensor
+        self.pair = job.pairs[0][1]
+        self.device, self.cache = settings.device, settings.cache
+        self.stored: Tensor = self.pair.load_base()
         self._spectra: dict[torch.dtype, Spectrum] = {}
 
     @property
     def weight(self) -> Tensor:
         """W as the numerics take it: no wider than stored until the products need it."""
-        return self.stored.to(self.device, torch.float64 if self.stored.dtype == torch.float64 else torch.float32)
+        return _on(self.device, self.stored)
 
     def spectrum(self, dtype: torch.dtype) -> Spectrum:
-        """The spectrum with vectors of `dtype`: decomposed once, in the widest that is wanted, then rounded."""
-        if not self._spectra:
-            try:
-                self._spectra[self.widest] = svd(self.weight, self.widest)
-            except NotFiniteError as error:
-                raise SpectraError(f"the base's {self.name!r} holds {describe_not_finite(self.stored)}") from error
+        """The spectrum with vectors of `dtype`, decomposed once for each: no row depends on what else is compared."""
         if dtype not in self._spectra:
-            self._spectra[dtype] = self._spectra[self.widest].to(dtype)
+            try:
+                self._spectra[dtype] = self._decomposed(dtype)
+            except NotFiniteError as error:
+                raise _not_finite(self.stored, self.pair.matrix.tensor, self.pair.base.source) from error
         return self._spectra[dtype]
+
+    def _decomposed(self, dtype: torch.dtype) -> Spectrum:
+        if self.cache is None:
+            return svd(self.weight, dtype)
+        found = self.cache.spectrum(self.stored.cpu(), dtype, lambda: svd(self.weight, dtype))
+        U, S, V = (X.to(self.device) for X in (found.U, found.S, found.V))
+        return Spectrum(U, S, V, found.algorithm)
 
 
 def _outcome(label: str, pair: Pair, base: _Base, settings: Settings) -> Outcome:
-    tuned = pair.load_tuned()
+    tuned = base.stored if pair.is_untouched else pair.load_tuned()
     if isinstance(tuned, Tensor) and tuned.dtype == base.stored.dtype and torch.equal(tuned, base.stored):
         norm = float(torch.linalg.vector_norm(base.stored.double()))
+        if not isfinite(norm):  # equal infinities are no weights
+            raise _not_finite(base.stored, pair.matrix.tensor, pair.base.source)
         return Outcome(label, pair, "unchanged", pair.note, None, {**UNCHANGED, "base_norm": norm})
     dtype = _precision(pair, settings)
     spectrum = base.spectrum(dtype)
     if isinstance(tuned, LowRank):
         tuned = LowRank(tuned.B.to(base.device), tuned.A.to(base.device), tuned.c)
-        if not (bool(torch.isfinite(tuned.B).all()) and bool(torch.isfinite(tuned.A).all())):
-            raise SpectraError(f"the factors for {pair.tuned_tensor!r} in {label!r} hold NaN or infinite entries")
+        for factor in (tuned.A, tuned.B):
+            if not bool(torch.isfinite(factor).all()):
+                raise _not_finite(factor, f"factors for {pair.tuned_tensor}", pair.tuned.source)
     else:
-        tuned = tuned.to(base.device, torch.float64 if tuned.dtype == torch.float64 else torch.float32)
+        tuned = _on(base.device, tuned)
     try:
         measured = measure(
             base.weight.to(dtype),
@@ -160,8 +169,18 @@ def _outcome(label: str, pair: Pair, base: _Base, settings: Settings) -> Outcome
         )
     except NotFiniteError as error:
         assert isinstance(tuned, Tensor)
-        raise SpectraError(f"{pair.tuned_tensor!r} in {label!r} holds {describe_not_finite(tuned)}") from error
-    return Outcome(label, pair, "compared", pair.note, measured)
+        raise _not_finite(tuned, pair.tuned_tensor, pair.tuned.source) from error
+    zero = [side for side in ("base", "tuned") if measured.layer[f"spectral_norm_{side}"] == 0]
+    note = "; ".join(filter(None, (pair.note, *(f"the {side} weight is all zero" for side in zero))))
+    return Outcome(label, pair, "compared", note, measured)
+
+
+def _on(device: torch.device, weight: Tensor) -> Tensor:
+    return weight.to(device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+
+def _not_finite(weight: Tensor, tensor: str, source: str) -> SpectraError:
+    return SpectraError(f"{tensor!r} in {source} holds {describe_not_finite(weight)}; save it again from a sound run")
 
 
 def _reason(error: BaseException, side: str, pair: Pair) -> str:

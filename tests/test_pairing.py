@@ -399,9 +399,12 @@ def test_an_adapter_gives_its_factors_and_its_whole_tensors(tmp_path: Path) -> N
     )
     found = pair(base, open_checkpoint(folder))
     queries = [f"bert.encoder.layer.{n}.attention.self.{p}.weight" for n in range(2) for p in ("query", "value")]
-    assert [one.matrix.name for one in found.pairs] == [*queries, "classifier.weight"]
-    assert [one.rank for one in found.pairs] == [3, 3, 3, 3, None]
-    assert [one.is_low_rank for one in found.pairs] == [True] * 4 + [False]
+    touched = [one for one in found.pairs if not one.is_untouched]
+    assert [one.matrix.name for one in touched] == [*queries, "classifier.weight"]
+    assert [one.rank for one in touched] == [3, 3, 3, 3, None]
+    assert [one.is_low_rank for one in touched] == [True] * 4 + [False]
+    assert len(found.pairs) == 17
+    assert all(one.load_tuned().equal(one.load_base()) for one in found.pairs if one.is_untouched)
     assert reasons(found, "base") == {"classifier.bias": "a vector: it has no singular basis"}
     assert any(
         note.startswith("left as they are by the adapter: 12 matrices") for note in found.notes
@@ -414,7 +417,7 @@ def test_an_adapter_of_the_bare_model_finds_its_base_under_a_prefix(tmp_path: Pa
     base = open_checkpoint(saved(model, tmp_path / "base"))
     folder, _ = adapted(model.bert, tmp_path / "adapter", target_modules=["query"])
     found = pair(base, open_checkpoint(folder))
-    assert [one.matrix.name for one in found.pairs] == [
+    assert [one.matrix.name for one in found.pairs if not one.is_untouched] == [
         f"bert.encoder.layer.{n}.attention.self.query.weight" for n in range(2)
     ]
 
@@ -430,7 +433,7 @@ def test_an_adapter_of_a_fused_and_transposed_projection(tmp_path: Path) -> None
     found = pair(base, open_checkpoint(folder))
     by_name = {one.matrix.name: one for one in found.pairs}
     assert {f"transformer.h.1.attn.c_attn.weight[{part}]" for part in "qkv"} <= by_name.keys()
-    assert all(one.rank == 3 for one in found.pairs)
+    assert all(one.rank == 3 for one in found.pairs if not one.is_untouched)
     check_against_merged(found, merge())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spectra.checkpoints.checkpoint import CheckpointError
+from spectra.checkpoints.checkpoint import Checkpoint, CheckpointError
 from spectra.checkpoints.wording import listed, quoted
 
 # In order of preference: the plain model before a copy that training kept beside it.
@@ -68,6 +68,28 @@ def find_state_dict(content: object, where: str) -> tuple[dict[str, Tensor], tup
     raise CheckpointError(
         f"{where} holds a {type(content).__name__} and no dict of tensors by name; "
         "save the weights with torch.save(model.state_dict(), ...)"
+    )
+
+
+def is_container(mapping: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is one training checkpoint around its weights, and not labels with a checkpoint under each.
+
+    It is one where a usual name of a model's weights holds tensors, perhaps some levels down; the values beside it do
+    not matter. Open checkpoints are sources under a label, whatever it is. No tensor is loaded.
+
+    >>> import torch
+    >>> weights = {"layer.weight": torch.ones(2, 2)}
+    >>> is_container({"model": weights, "optimizer": {}}), is_container({"one": weights, "two": weights})
+    (True, False)
+    """
+    if isinstance(mapping, Checkpoint):
+        return False
+    return any(
+        name in CONTAINERS
+        and isinstance(value, Mapping)
+        and not isinstance(value, Checkpoint)
+        and _holds_tensors(value, DEEPEST - 1)
+        for name, value in _items(mapping).items()
     )
 
 

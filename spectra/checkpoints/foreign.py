@@ -13,11 +13,12 @@ AS_SAFETENSORS = "load it with its own library and save the weights as safetenso
 
 @dataclass(frozen=True)
 class Foreign:
-    """A format by name; `matches` looks at a file's name and first bytes."""
+    """A format by name; `matches` looks at a file's name and first bytes, `why` says what keeps it from being read."""
 
     name: str
     remedy: str
     matches: Callable[[str, bytes], bool]
+    why: str = "is not supported"
 
 
 def _begins(*magics: bytes) -> Callable[[str, bytes], bool]:
@@ -49,11 +50,17 @@ def _is_plain_pickle(name: str, head: bytes) -> bool:
 # The order matters: a name or first bytes that say much come before those that say little.
 FILES = (
     Foreign(
-        "a Git LFS pointer in place of the weights",
+        "a Git LFS pointer",
         "fetch them with `git lfs pull`",
         _begins(b"version https://git-lfs"),
+        "stands in the place of the weights",
     ),
-    Foreign("a web page or error message saved in place of the weights", "download the file again", _is_web_page),
+    Foreign(
+        "a web page or error message",
+        "download the file again",
+        _is_web_page,
+        "was saved in the place of the weights",
+    ),
     Foreign("a GGUF file", "convert it to safetensors, or give the original weights", _begins(b"GGUF")),
     Foreign(
         "a GGML file",
@@ -95,9 +102,10 @@ FILES = (
     ),
     # After every format above, because a torch file from before 1.6 is told from a plain pickle by the caller.
     Foreign(
-        "a plain pickle, which could run any code when it is loaded",
+        "a plain pickle",
         "where it was made, save the weights with torch.save(model.state_dict(), ...) or as safetensors",
         _is_plain_pickle,
+        "can run any code when it is loaded and therefore is not read",
     ),
 )
 
@@ -108,7 +116,7 @@ def foreign_file(path: Path, head: bytes) -> str | None:
     >>> foreign_file(Path("model.gguf"), b"GGUF\\x03")
     'a GGUF file, which is not supported; convert it to safetensors, or give the original weights'
     """
-    return next((_sentence(kind.name, kind.remedy) for kind in FILES if kind.matches(path.name, head)), None)
+    return next((_sentence(kind.name, kind.remedy, kind.why) for kind in FILES if kind.matches(path.name, head)), None)
 
 
 def foreign_archive(names: Iterable[str]) -> str | None:
@@ -174,13 +182,14 @@ def foreign_keys(names: Iterable[str]) -> str | None:
         )
     if any(re.search(r"\.lora_(embedding_)?[AB](\.|$)", name) for name in every):
         return _sentence(
-            "a set of LoRA factors without the adapter_config.json that holds their scaling",
+            "a set of LoRA factors without the adapter_config.json",
             "save them with save_pretrained, or merge them with merge_and_unload()",
+            "holds their scaling",
         )
     if any(re.search(r"(^|\.)_?flat_param(_\d+)?$", name) for name in every):
         return _sentence("a set of flat FSDP parameters", "save with a full state dict (StateDictType.FULL_STATE_DICT)")
     return None
 
 
-def _sentence(name: str, remedy: str) -> str:
-    return f"{name}, which is not supported; {remedy}"
+def _sentence(name: str, remedy: str, why: str = "is not supported") -> str:
+    return f"{name}, which {why}; {remedy}"

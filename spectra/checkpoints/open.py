@@ -62,6 +62,10 @@ def open_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any] | nn.Modu
     if isinstance(source, Mapping):
         return _usable(open_state_dict(source))
     if isinstance(source, str | os.PathLike):
+        if not os.fspath(source):  # Path("") is the current folder
+            raise CheckpointError(
+                "the path of the checkpoint is empty; give that of a file or folder, or '.' for the current folder"
+            )
         checkpoint = _open_path(Path(source))
         return checkpoint if isinstance(checkpoint, Adapter) else _usable(checkpoint)
     raise not_openable(source)

@@ -18,6 +18,8 @@ FLOAT8 = {
     torch.float8_e4m3fnuz,
     torch.float8_e5m2fnuz,
 }
+# Packed weights are bytes or 32-bit words. Other integers under the name of a weight are a table or an index.
+NEVER_PACKED = {torch.int16, torch.uint16, torch.int64, torch.uint64}
 INTEGERS = {torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64}
 
 # quantization_config.quant_method, as written in config.json, to the scheme's usual name.
@@ -82,7 +84,7 @@ NOT_PACKED = {"bias"}
 
 
 def packed_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, str]:
-    """The tensors that are packed, or belong to packed ones: name -> by which scheme, and what to do.
+    """The tensors that are packed, belong to packed ones, or hold integers where a weight should be: name -> why.
 
     `config` is the model's config.json, whose `quantization_config` names the scheme more exactly than the tensors do.
     Integer buffers (positions, indices, masks) are not weights and not packed either; they are not listed.
@@ -108,8 +110,9 @@ def packed_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any])
         elif below := next((packed_below[above] for above in _itself_and_above(name) if above in packed_below), None):
             found[name] = below
         elif name not in found and _is_packed_weight(info, method):
-            found[name] = method or f"an integer scheme without scales ({str(info.dtype).removeprefix('torch.')})"
-    return {name: _reason(scheme) for name, scheme in found.items()}
+            found[name] = method or f"an integer scheme without scales ({_short(info.dtype)})"
+    integers = {name: _integers(info) for name, info in tensors.items() if name not in found and _is_table(info)}
+    return {name: _reason(scheme) for name, scheme in found.items()} | integers
 
 
 def scheme_names(reasons: Mapping[str, str]) -> list[str]:
@@ -146,9 +149,28 @@ def _scheme_of(leaves: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _is_packed_weight(info: TensorInfo, method: str | None) -> bool:
-    if len(info.shape) < 2 or not re.search(r"(^|[._])weight$", info.name):
+    if not _is_called_weight(info) or info.dtype in NEVER_PACKED:
         return False
     return info.dtype in INTEGERS or (method is not None and info.dtype in FLOAT8)
+
+
+def _is_table(info: TensorInfo) -> bool:
+    return _is_called_weight(info) and info.dtype in NEVER_PACKED
+
+
+def _is_called_weight(info: TensorInfo) -> bool:
+    return len(info.shape) >= 2 and re.search(r"(^|[._])weight$", info.name) is not None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _integers(info: TensorInfo) -> str:
+    return (
+        f"a tensor of integers ({_short(info.dtype)}) and no weight: "
+        "leave it out, or save it in floating point where it is meant as one"
+    )
 
 
 def _reason(scheme: str) -> str:

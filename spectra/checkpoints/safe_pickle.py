@@ -49,6 +49,15 @@ BUILDERS = frozenset(
         "torch.storage.UntypedStorage",
     }
 )
+# Of those left out, the tensors that a user may well have saved among the weights: what they are, and the remedy.
+OTHER_TENSORS = {
+    "torch._utils._rebuild_sparse_tensor": ("sparse tensors", "tensor.to_dense()"),
+    "torch._utils._rebuild_sparse_csr_tensor": ("sparse tensors", "tensor.to_dense()"),
+    "torch._utils._rebuild_qtensor": ("tensors packed by torch's quantisation", "tensor.dequantize()"),
+    "torch._utils._rebuild_nested_tensor": ("nested tensors", "the list of tensor.unbind(), each by its own name"),
+}
+# What the pickles of those name besides.
+OF_OTHER_TENSORS = re.compile(r"torch\.serialization\._get_layout|torch\.per_(tensor|channel)_\w+")
 
 
 @dataclass(frozen=True)
@@ -136,10 +145,18 @@ class _Bounded:
 def _check_types(stream: _Bounded, where: str) -> None:
     named = _damage_as_error(lambda: weights_only.get_globals_in_pkl(stream), where)
     foreign = sorted(named - _allowed())
+    other = [OTHER_TENSORS[name] for name in foreign if name in OTHER_TENSORS]
+    code = [name for name in foreign if name not in OTHER_TENSORS and not OF_OTHER_TENSORS.fullmatch(name)]
+    if other and not code:
+        kind, remedy = other[0]
+        raise CheckpointError(
+            f"{where} holds {kind}, and only dense ones are read; where it was made, save {remedy} in their place"
+        )
     if foreign:
         raise CheckpointError(
-            f"{where} holds {listed(foreign)}, which is code or an object and not weights, and none of it was run; "
-            "where it was made, save only the weights: torch.save(model.state_dict(), ...), or as safetensors"
+            f"{where} holds {listed(code or foreign)}, which is code or an object and not weights, "
+            "and none of it was run; where it was made, save only the weights: torch.save(model.state_dict(), ...), "
+            "or as safetensors"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from spectra.checkpoints.checkpoint import Checkpoint, CheckpointError, Entry, TensorInfo
 from spectra.checkpoints.containers import find_state_dict
 from spectra.checkpoints.safe_pickle import StorageClaim, Unpickled, require_safe_torch, unpickle
-from spectra.checkpoints.stored_file import StoredFile, StoredTensor
+from spectra.checkpoints.stored_file import Record, StoredFile, StoredTensor
 from spectra.checkpoints.torch_legacy import read_legacy
 from spectra.checkpoints.torch_zip import read_archive
 from spectra.checkpoints.wording import quoted, shown
@@ -24,27 +24,33 @@ def open_torch_file(path: Path) -> Checkpoint:
     """Describe the tensors of a torch file, in whichever nested dict they are; each is read when it is asked for.
 
     Nothing of the file is run: its pickle may hold tensors and plain values only. Storages tagged with a device are
-    read to the CPU. Raises `CheckpointError` for code or objects, damaged files, and tensors larger than their data.
+    read to the CPU. Raises `CheckpointError` for code or objects, damaged files, and tensors larger than their data;
+    loading a tensor raises it where the bytes do not fit the checksum that a zip file keeps of them.
     """
     file = StoredFile.at(path)
     where = shown(path)
     require_safe_torch(where)
     find_start: Callable[[StorageClaim], int]
+    records: Mapping[str, Record] = {}
     if file.read(0, len(ZIP_MAGIC)) == ZIP_MAGIC:
         archive = read_archive(file)
         unpickled = unpickle(BytesIO(archive.pickle), where, file.size)
-        find_start = archive.start
+        find_start, records = archive.start, archive.storages
     else:
         legacy = read_legacy(file)
         unpickled = legacy.unpickled
         find_start = legacy.start
     state, notes = find_state_dict(unpickled.content, where)
-    entries, tied, refused = _described(file, state, unpickled, find_start)
+    entries, tied, refused = _described(file, state, unpickled, find_start, records)
     return Checkpoint(where, entries, files=(path,), tied=tied, refused=refused, notes=notes)
 
 
 def _described(
-    file: StoredFile, state: Mapping[str, Tensor], unpickled: Unpickled, find_start: Callable[[StorageClaim], int]
+    file: StoredFile,
+    state: Mapping[str, Tensor],
+    unpickled: Unpickled,
+    find_start: Callable[[StorageClaim], int],
+    records: Mapping[str, Record],
 ) -> tuple[dict[str, Entry], dict[str, str], dict[str, str]]:
     """Entries, tied names and refused names of a state dict whose tensors are on the meta device."""
     entries: dict[str, Entry] = {}
@@ -81,7 +87,7 @@ def _described(
             tied[name] = first_names[identity]
             continue
         rows = None if tensor.is_contiguous() else stride
-        stored = StoredTensor(file, name, start, extent, tensor.dtype, shape, rows)
+        stored = StoredTensor(file, name, start, extent, tensor.dtype, shape, rows, records.get(claim.key))
         entries[name] = Entry(TensorInfo(name, shape, tensor.dtype), stored.load)
     return entries, tied, refused
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from spectra.checkpoints.checkpoint import CheckpointError
 from spectra.checkpoints.foreign import foreign_archive
 from spectra.checkpoints.safe_pickle import MOST_PICKLE_BYTES, StorageClaim
-from spectra.checkpoints.stored_file import StoredFile
+from spectra.checkpoints.stored_file import Record, StoredFile
 from spectra.checkpoints.wording import quoted, shown
 
 END_RECORD_BYTES = 22
@@ -21,30 +21,30 @@ LOCAL_HEADER_BYTES = 30
 
 @dataclass(frozen=True)
 class TorchArchive:
-    """A torch zip file: the pickle's bytes, and the first byte and size of every storage by its key."""
+    """A torch zip file: the pickle's bytes, and the record of every storage by its key."""
 
     where: str
     pickle: bytes
-    storages: Mapping[str, tuple[int, int]]
+    storages: Mapping[str, Record]
 
     def start(self, claim: StorageClaim) -> int:
         """The position in the file of a claimed storage. Raises `CheckpointError` where its record does not hold it."""
         if claim.key not in self.storages:
             raise CheckpointError(f"{self.where} lacks the data of storage {quoted(claim.key)}; download it again")
-        start, size = self.storages[claim.key]
-        if claim.root_bytes > size:
+        record = self.storages[claim.key]
+        if claim.root_bytes > record.size:
             raise CheckpointError(
-                f"{self.where} claims {claim.root_bytes} bytes for storage {quoted(claim.key)} and holds {size}; "
-                "download it again"
+                f"{self.where} claims {claim.root_bytes} bytes for storage {quoted(claim.key)} "
+                f"and holds {record.size}; download it again"
             )
-        return start + claim.start
+        return record.start + claim.start
 
 
 def read_archive(file: StoredFile) -> TorchArchive:
     """Read the directory and the pickle of a torch zip file.
 
-    Raises `CheckpointError` for a damaged or foreign archive, and for a record that is compressed, encrypted, named
-    twice or reaches past the file's end.
+    Raises `CheckpointError` for a damaged or foreign archive or pickle, and for a record that is compressed,
+    encrypted, named twice or reaches past the file's end.
     """
     where = shown(file.path)
     _check_directory_size(file, where)
@@ -65,17 +65,27 @@ def read_archive(file: StoredFile) -> TorchArchive:
             f"{where} is a zip archive without a torch pickle; "
             "unpack it and give the checkpoint inside, or save it with torch.save"
         )
-    found = {record.filename: (_data_start(file, where, record), record.file_size) for record in records}
+    found = {
+        record.filename: Record(_data_start(file, where, record), record.file_size, record.CRC) for record in records
+    }
     prefix = pickles[0].removesuffix("data.pkl")
     order = found.get(prefix + "byteorder")
-    if order and file.read(*order) == b"big":
+    if order and file.read(order.start, order.size) == b"big":
         raise CheckpointError(f"{where} was written by a big-endian machine; load and save it there as safetensors")
-    start, size = found[pickles[0]]
-    if size > MOST_PICKLE_BYTES:
-        raise CheckpointError(f"{where} has a pickle of {size} bytes, more than weights need; save only the weights")
+    pickle = found[pickles[0]]
+    if pickle.size > MOST_PICKLE_BYTES:
+        raise CheckpointError(
+            f"{where} has a pickle of {pickle.size} bytes, more than weights need; save only the weights"
+        )
+    content = file.read(pickle.start, pickle.size)
+    if not pickle.agrees(content):
+        raise CheckpointError(
+            f"{where} is damaged: its pickle does not fit the checksum that was written with it; "
+            "download or save it again"
+        )
     data = prefix + "data/"
-    storages = {name.removeprefix(data): place for name, place in found.items() if name.startswith(data)}
-    return TorchArchive(where, file.read(start, size), storages)
+    storages = {name.removeprefix(data): record for name, record in found.items() if name.startswith(data)}
+    return TorchArchive(where, content, storages)
 
 
 def _check_directory_size(file: StoredFile, where: str) -> None:

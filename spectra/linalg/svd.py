@@ -1,7 +1,7 @@
 """The singular value decomposition of one weight matrix, exact where float32 routines are not.
 
 float32 entries are exact in float64, and so are their products: the float64 Gram matrix G = A A^T on the short side
-carries an error ||dG|| <= p u s_0^2 with u = 1.1e-16. Its eigenvalues give every singular value to p u s_0^2 / (2 s_i),
+carries an error ||dG|| <= q u s_0^2 with u = 1.1e-16. Its eigenvalues give every singular value to q u s_0^2 / (2 s_i),
 which beats a float32 SVD (error about u_32 s_0) for all s_i > 1e-9 s_0, at less than half of its cost. What squaring
 does spoil, vectors on the long side and values in the tail, is solved a second time without it (`_tail`).
 """
@@ -51,10 +51,6 @@ class Spectrum:
     @property
     def shape(self) -> tuple[int, int]:
         return self.U.shape[0], self.V.shape[0]
-
-    def to(self, dtype: torch.dtype) -> Spectrum:
-        """The same spectrum with vectors of another dtype."""
-        return Spectrum(self.U.to(dtype), self.S, self.V.to(dtype), self.algorithm)
 
     @property
     def gap(self) -> NDArray[np.float64]:
@@ -118,10 +114,10 @@ def certify(eigenvalues: Tensor, trace: float, squared_norm: float) -> None:
 
 
 def describe_not_finite(A: Tensor) -> str:
-    """'3 NaN and 1 infinite of 64 entries'."""
+    """'3 NaN and 1 infinite among its 64 entries'."""
     nan, infinite = int(torch.isnan(A).sum()), int(torch.isinf(A).sum())
     parts = [f"{count} {word}" for count, word in ((nan, "NaN"), (infinite, "infinite")) if count]
-    return f"{' and '.join(parts)} of {A.numel()} entries"
+    return f"{' and '.join(parts)} among its {A.numel()} entries"
 
 
 def _by_gram(A: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

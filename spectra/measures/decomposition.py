@@ -290,13 +290,14 @@ def _per_component(
     s = base.S.cpu().numpy()
     C_ii, row, column = sums.diagonal, sums.rows, sums.columns
     moved = s + C_ii
+    known = s > max(m, n) * np.finfo(np.float64).eps * s[0]  # the directions of zeros are the solver's choice
     with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.where(s > 0, C_ii / s, np.nan)
+        relative = np.where(known, C_ii / s, np.nan)
         left = moved / np.sqrt(moved**2 + column + (outside if m > n else 0.0))  # cos(W' v_i, u_i)
         right = moved / np.sqrt(moved**2 + row + (outside if n > m else 0.0))  # cos(W'^T u_i, v_i)
-        left, right = np.where(s > 0, left, np.nan), np.where(s > 0, right, np.nan)
+        left, right = np.where(known, left, np.nan), np.where(known, right, np.nan)
         leaving = outside / s**2 if m > n else 0.0
-        rotation = np.where(s > 0, np.sqrt(sums.turned + leaving), np.nan)
+        rotation = np.where(known, np.sqrt(sums.turned + leaving), np.nan)
     share = (C_ii**2 + (row + column) / 2 + outside) / update_energy if update_energy > 0 else np.zeros_like(s)
     within = np.diagonal(sums.blocks).copy()
     return Decomposition(

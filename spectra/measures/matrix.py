@@ -14,6 +14,7 @@ from spectra.linalg.lapack import LapackError
 from spectra.linalg.lowrank import LowRank
 from spectra.linalg.perturbed import perturbed_triplets
 from spectra.linalg.products import gram
+from spectra.linalg.recognise import explained_by_rounding
 from spectra.linalg.svd import Spectrum
 from spectra.linalg.triplets import Triplets, leading_triplets, singular_values
 from spectra.measures.decomposition import Decomposition, decompose
@@ -72,7 +73,7 @@ def measure(
     """
     if isinstance(tuned, LowRank):
         found = _factored(base, tuned, slices, top, fast)
-        stored = Rounding(0.0, float("nan"))  # factors carry no storage noise of W or W'
+        stored = Rounding(0.0, 0.0, float("nan"))  # factors carry no storage noise of W or W'
     else:
         D = tuned.to(W.dtype) - W
         found = _dense(base, tuned, D, slices, top, fast)
@@ -83,23 +84,20 @@ def measure(
     exact = isinstance(tuned, LowRank) or base_dtype == tuned_dtype == torch.float64
     digits = torch.float64 if exact else torch.float32
     tolerance = rank_tolerance(base.shape, digits, stored.floor * norm, float(update_values[0]))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative_update = float(np.float64(update_norm) / norm)
+    relative_update = update_norm / norm if norm > 0 else np.nan
     layer = {
         "update_form": "low rank" if isinstance(tuned, LowRank) else "dense",
         "base_norm": norm,
         "update_norm": update_norm,
         "relative_update": relative_update,
         "cosine": cosine(norm, update_norm, float(s @ split.diagonal)),
-        "diagonal_share": split.diagonal_share,
-        "off_diagonal_share": split.off_diagonal_share,
-        "outside_share": split.outside_share,
-        "diagonal_enrichment": split.diagonal_enrichment,
+        **_shares(split, has_directions=norm > 0),
         "spectral_norm_update": float(update_values[0]),
         "nuclear_norm_update": float(update_values.sum()),
         "stable_rank": stable_rank(split.update_energy, float(update_values[0])),
         **_ranks(update_values, tolerance),
         "rank_tolerance": tolerance,
+        **_low_rank(update_values, base.shape, norm, stored, digits),
         "spectral_norm_base": float(s[0]),
         "spectral_norm_tuned": float(s_tuned[0]),
         "effective_rank_base": effective_rank(s),
@@ -144,6 +142,18 @@ def _dense(
     return triplets, split, singular_values(D, G).cpu().numpy()
 
 
+def _low_rank(
+    values: Array, shape: tuple[int, int], norm: float, stored: Rounding, digits: torch.dtype
+) -> dict[str, Any]:
+    """The exact low rank of the update and what it leaves; none where there is none or the values are not known."""
+    found = None
+    if not np.isnan(values).any():
+        s = torch.from_numpy(values)
+        tries = (explained_by_rounding(s, shape, floor * norm, digits) for floor in (stored.tuned_floor, stored.floor))
+        found = next((one for one in tries if one), None)
+    return {"low_rank": found.rank if found else None, "low_rank_residual": found.residual if found else np.nan}
+
+
 def _ranks(values: Array, tolerance: float) -> dict[str, Any]:
     """The ranks that need every singular value; none where some are not known."""
     if np.isnan(values).any():
@@ -156,7 +166,21 @@ def _ranks(values: Array, tolerance: float) -> dict[str, Any]:
     }
 
 
+def _shares(split: Decomposition, has_directions: bool) -> dict[str, float]:
+    """Where the update lies; for a zero base, whose basis is the solver's choice, nowhere in particular."""
+    shares = {
+        "diagonal_share": split.diagonal_share,
+        "off_diagonal_share": split.off_diagonal_share,
+        "outside_share": split.outside_share,
+        "diagonal_enrichment": split.diagonal_enrichment,
+    }
+    return shares if has_directions else dict.fromkeys(shares, np.nan)
+
+
 def _leading_directions(base: Spectrum, tuned: Triplets, top: int, epsilon: float) -> dict[str, Any]:
+    if base.S[0] == 0 or tuned.S[0] == 0:  # a zero matrix has no leading directions
+        measures = ("left_overlap", "right_overlap", "left_angle", "right_angle", "overlap_null", "lowest_best_cosine")
+        return {**dict.fromkeys((*measures, "cosine_null"), np.nan), "intruders": None}
     left, right = (subspace_overlap(base, tuned, side, top) for side in ("left", "right"))
     found = intruders(base, tuned, top, epsilon)
     return {

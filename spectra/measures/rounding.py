@@ -18,10 +18,12 @@ class Rounding:
 
     Attributes:
         floor: the expected norm of the rounding noise in D, relative to ||W||_F.
+        tuned_floor: the same of the tuned side alone: what there is where training started from the stored base.
         unmoved_share: the share of entries with |D_ij| <= ulp(W_ij), in the coarser of the two dtypes.
     """
 
     floor: float
+    tuned_floor: float
     unmoved_share: float
 
 
@@ -35,7 +37,7 @@ def rounding(W: Tensor, D: Tensor, base_dtype: torch.dtype, tuned_dtype: torch.d
     """
     coarse = base_dtype if torch.finfo(base_dtype).eps >= torch.finfo(tuned_dtype).eps else tuned_dtype
     fine = tuned_dtype if coarse == base_dtype else base_dtype
-    unmoved, noise_energy, energy = 0, 0.0, 0.0
+    unmoved, noise_energy, tuned_energy, energy = 0, 0.0, 0.0, 0.0
     step = max(1, BLOCK // W.shape[1])
     for start in range(0, W.shape[0], step):
         W_rows, D_rows = W[start : start + step], D[start : start + step]
@@ -43,9 +45,12 @@ def rounding(W: Tensor, D: Tensor, base_dtype: torch.dtype, tuned_dtype: torch.d
         spacing = _spacing(W_rows, power, coarse)
         unmoved += int(torch.count_nonzero(D_rows.abs() <= spacing))
         coarse_noise = _energy(spacing)
-        noise_energy += coarse_noise + (coarse_noise if fine == coarse else _energy(_spacing(W_rows, power, fine)))
+        fine_noise = coarse_noise if fine == coarse else _energy(_spacing(W_rows, power, fine))
+        noise_energy += coarse_noise + fine_noise
+        tuned_energy += coarse_noise if tuned_dtype == coarse else fine_noise
         energy += _energy(W_rows)
-    return Rounding(sqrt(noise_energy / 12 / energy) if energy > 0 else 0.0, unmoved / D.numel())
+    both, tuned = (sqrt(noise / 12 / energy) if energy > 0 else 0.0 for noise in (noise_energy, tuned_energy))
+    return Rounding(both, tuned, unmoved / D.numel())
 
 
 def _power_of_two(W: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ def pair(
     found.list_the_rest(matching.ambiguous_base, matching.ambiguous_tuned)
     require_same_architecture(sides[0], sides[1], found.pairs, found.unmatched)
 
+    found.add_untouched()
     selection = Selection(tuple(include), tuple(exclude))
     selection.require_sense([pair.matrix for pair in found.pairs], base.source)
     kept = [pair for pair in found.pairs if selection.why_not(pair.matrix) is None]
@@ -235,6 +236,19 @@ class _Pairs:
             if name in ambiguous_base or not isinstance(self.tuned.checkpoint, Adapter):
                 self._leave(name, "base", ambiguous_base.get(name) or refused or "missing in the tuned checkpoint")
 
+    def add_untouched(self) -> None:
+        """What an adapter does not touch is part of the tuned model all the same: unchanged."""
+        if not isinstance(self.tuned.checkpoint, Adapter):
+            return
+        known = {pair.matrix.tensor for pair in self.pairs} | {line.name for line in self.unmatched}
+        for name, matrices in self.base.matrices.items():
+            if name in known or name in self.base.stored:
+                continue
+            dtype = self.base.tensors[name].dtype
+            for matrix in matrices:
+                checkpoint = self.base.checkpoint
+                self.pairs.append(Pair(matrix, name, dtype, dtype, None, matrix.note, matrix, checkpoint, checkpoint))
+
     def _leave(self, name: str, side: str, reason: str) -> None:
         self.unmatched.append(Unmatched(name, side, reason))
 
@@ -256,8 +270,7 @@ class _Pairs:
         reasons = sorted({pair.matrix.note for pair in self.pairs if pair.matrix.note})
         notes += [f"{why}: {_count(pair.matrix for pair in self.pairs if pair.matrix.note == why)}" for why in reasons]
         if isinstance(self.tuned.checkpoint, Adapter):
-            gone = {pair.matrix.tensor for pair in self.pairs} | self.base.stored.keys()
-            untouched = [matrix for name, found in self.base.matrices.items() if name not in gone for matrix in found]
+            untouched = [pair.matrix for pair in self.pairs if pair.is_untouched]
             if untouched:
                 notes.append(f"left as they are by the adapter: {_count(untouched)}")
         return notes

@@ -23,7 +23,7 @@ class Pair:
         rank: r of the update's factors, where the tuned side is an adapter; None for a tuned matrix W'.
         note: what a reader must know of this pair ("compared on the first 30522 of 30524 rows"); "" where nothing.
         tuned_matrix: where W' lies in the tuned tensor (or the rows of this part in the update).
-        base, tuned: the checkpoints that the two are loaded from.
+        base, tuned: the checkpoints that the two are loaded from; one and the same where an adapter leaves W as it is.
     """
 
     matrix: Matrix
@@ -35,6 +35,11 @@ class Pair:
     tuned_matrix: Matrix = field(repr=False)
     base: Checkpoint = field(repr=False, compare=False)
     tuned: Checkpoint = field(repr=False, compare=False)
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether an adapter leaves this matrix as it is."""
+        return self.tuned is self.base
 
     @property
     def is_low_rank(self) -> bool:

@@ -85,6 +85,37 @@ def test_a_foreign_file_is_named(tmp_path: Path, name: str, write: Callable[[Pat
     assert str(path) in str(caught.value) and ";" in str(caught.value)
 
 
+# A relative clause behind a relative clause, or one about what the file is not, cannot be read.
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "m.pkl",
+            pickle.dumps({"w": 1}),
+            "a plain pickle, which can run any code when it is loaded and therefore is not read; where it was made,",
+        ),
+        (
+            "m.bin",
+            b"version https://git-lfs/spec\noid sha256:0\nsize 9\n",
+            "a Git LFS pointer, which stands in the place of the weights; fetch them with `git lfs pull`",
+        ),
+        (
+            "m.bin",
+            b"<html><body>404",
+            "a web page or error message, which was saved in the place of the weights; download the file again",
+        ),
+        ("m.gguf", b"GGUF" + bytes(64), "a GGUF file, which is not supported; convert it to safetensors"),
+    ],
+    ids=["pickle", "lfs", "web page", "gguf"],
+)
+def test_the_sentence_says_why_a_file_is_not_read(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name} is {said}")
+    assert str(caught.value).count("which") == 1
+
+
 FOLDERS = [
     ((".metadata", "__0_0.distcp"), "distributed checkpoint"),
     (("zero_pp_rank_0_mp_rank_00_model_states.pt", "mp_rank_00_model_states.pt"), "ZeRO"),

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from spectra.checkpoints import CheckpointError, open_checkpoint
+from spectra.checkpoints import CheckpointError, is_container, open_checkpoint
+
+
+class FilePath:
+    """A path that keeps the text it was given, as `pathlib` does not."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __fspath__(self) -> str:
+        return self._text
 
 
 def test_a_state_dict_is_opened_without_a_copy(state: dict[str, Tensor]) -> None:
@@ -70,6 +84,61 @@ def test_a_module_on_the_meta_device_is_refused() -> None:
 def test_other_objects_are_no_checkpoints(source: object) -> None:
     with pytest.raises(CheckpointError, match="is no checkpoint; give a path"):
         open_checkpoint(source)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrap", [str, FilePath], ids=["str", "PathLike"])
+def test_an_empty_path_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrap: Callable[[str], str], state: dict[str, Tensor]
+) -> None:
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    monkeypatch.chdir(tmp_path)
+    assert list(open_checkpoint(wrap("."))) == list(state)
+    with pytest.raises(CheckpointError, match="the path of the checkpoint is empty; give"):
+        open_checkpoint(wrap(""))
+
+
+WEIGHTS = {"layer.weight": torch.ones(2, 2)}
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"model": WEIGHTS, "optimizer": {}},
+        {"model": WEIGHTS, "ema": WEIGHTS},
+        {"state_dict": {"model": WEIGHTS}, "hyper_parameters": {}},
+        {"epoch": 3, "state_dict": WEIGHTS},
+        {"model": WEIGHTS, "arch": "vit"},
+    ],
+)
+def test_a_container_is_one_checkpoint(mapping: dict[str, Any]) -> None:
+    assert is_container(mapping)
+    assert list(open_checkpoint(mapping)) == list(WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {},
+        WEIGHTS,
+        {"one": WEIGHTS, "two": WEIGHTS},
+        {"lora": "adapter", "full": WEIGHTS},
+        {"model": "path", "ema": "other path"},
+        {"model": nn.Linear(2, 2), "ema": nn.Linear(2, 2)},
+        {"model": {}, "two": WEIGHTS},
+        {"model": {"lr": 0.1}},
+        {3: WEIGHTS},
+    ],
+)
+def test_labels_of_checkpoints_are_no_container(mapping: dict[Any, Any]) -> None:
+    assert not is_container(mapping)
+
+
+def test_open_checkpoints_are_sources_under_any_label_and_are_not_loaded(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "m.pt")
+    checkpoint = open_checkpoint(tmp_path / "m.pt")
+    (tmp_path / "m.pt").unlink()  # loading would fail
+    assert not is_container({"model": checkpoint, "ema": checkpoint})
+    assert not is_container(checkpoint)
 
 
 def test_a_dict_without_tensors_is_refused() -> None:

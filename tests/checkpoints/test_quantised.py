@@ -119,6 +119,20 @@ def test_the_config_names_the_scheme_more_exactly(tmp_path: Path) -> None:
     assert refused["l.weight"].startswith("packed by compressed-tensors (int-quantized)")
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int64])
+def test_a_table_of_integers_is_not_said_to_be_packed(dtype: torch.dtype) -> None:
+    table = {"i.weight": ones(dtype, 4, 4)}
+    checkpoint = open_checkpoint(table | PLAIN)
+    assert set(checkpoint) == set(PLAIN)
+    reason = checkpoint.refused["i.weight"]
+    assert reason.startswith(f"a tensor of integers ({str(dtype).removeprefix('torch.')}) and no weight: ")
+    assert "packed" not in reason and "dequantise" not in reason
+    with pytest.raises(
+        CheckpointError, match=r"nothing that can be used as weights; tensor 'i\.weight' is a tensor of"
+    ):
+        open_checkpoint(table)
+
+
 def test_plain_weights_are_never_taken_for_packed_ones() -> None:
     tensors = {
         "a.weight": torch.ones(4, 4),

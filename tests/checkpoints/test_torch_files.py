@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,35 @@ def test_objects_beside_the_weights_are_refused_by_type(tmp_path: Path, content:
     assert named in str(caught.value) and str(path) in str(caught.value) and "state_dict()" in str(caught.value)
 
 
+@BOTH
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: torch.eye(3).to_sparse(), "holds sparse tensors, .* save tensor.to_dense()"),
+        (lambda: torch.eye(3).to_sparse_csr(), "holds sparse tensors, "),
+        (
+            lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+            "holds nested tensors, .* tensor.unbind()",
+        ),
+    ],
+    ids=["coo", "csr", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+def test_tensors_that_are_not_dense_are_called_what_they_are(
+    tmp_path: Path, make: Callable[[], Tensor], said: str, is_zip: bool
+) -> None:
+    path = saved(tmp_path / "sparse.pt", {"fine": torch.ones(2), "odd": make()}, is_zip)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        open_checkpoint(path)
+    assert str(path) in str(caught.value) and "code" not in str(caught.value)
+
+
+def test_code_beside_a_sparse_tensor_is_named_first(tmp_path: Path) -> None:
+    path = saved(tmp_path / "both.pt", {"odd": torch.eye(3).to_sparse(), "args": argparse.Namespace(lr=1)}, True)
+    with pytest.raises(CheckpointError, match=r"holds 'argparse\.Namespace', which is code"):
+        open_checkpoint(path)
+
+
 def test_a_recursive_dict_ends(tmp_path: Path, state: dict[str, Tensor]) -> None:
     content: dict[str, Any] = {"state_dict": state}
     content["self"] = content
@@ -178,6 +209,62 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, is_zip: bool) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError):
             open_checkpoint(path)
+
+
+def flip(path: Path, record: str, position: int) -> None:
+    """Change one bit of one byte of a record's data."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(record)
+    content = bytearray(path.read_bytes())
+    names = int.from_bytes(content[info.header_offset + 26 :][:2], "little")
+    extra = int.from_bytes(content[info.header_offset + 28 :][:2], "little")
+    content[info.header_offset + 30 + names + extra + position] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("position", [0, 12_345, 39_999])
+def test_a_flipped_byte_of_a_tensor_is_found_when_it_is_read(tmp_path: Path, position: int) -> None:
+    # A transposed matrix reads its whole record too.
+    path = saved(tmp_path / "flipped.pt", {"fine": torch.ones(9), "bad": torch.ones(100, 100).T}, True)
+    flip(path, "flipped/data/1", position)
+    checkpoint = open_checkpoint(path)
+    assert torch.equal(checkpoint["fine"], torch.ones(9))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"tensor 'bad' of .*flipped\.pt is damaged: .*; download or save it"):
+            checkpoint["bad"]
+
+
+def test_a_large_part_of_a_damaged_record_is_refused_and_a_small_one_is_not_checked(tmp_path: Path) -> None:
+    # 6 MB, more than is read at once, and the damage in the last third lies outside the parts.
+    whole = torch.zeros(1_500_000)
+    state = {"third": whole[:500_000], "fifth": whole[:300_000], "other third": whole[500_000:1_000_000]}
+    path = saved(tmp_path / "parts.pt", state, True)
+    assert_same(open_checkpoint(path), state)
+    flip(path, "parts/data/0", 5_900_000)
+    checkpoint = open_checkpoint(path)
+    for name in ("third", "other third", "third"):
+        with pytest.raises(CheckpointError, match="is damaged"):
+            checkpoint[name]
+    assert torch.equal(checkpoint["fifth"], state["fifth"])
+
+
+def test_a_flipped_byte_of_the_pickle_is_found(tmp_path: Path) -> None:
+    path = saved(tmp_path / "names.pt", {"weight": torch.ones(3)}, True)
+    with zipfile.ZipFile(path) as archive:
+        position = archive.read("names/data.pkl").index(b"weight")
+    flip(path, "names/data.pkl", position)  # "weight" has become "veight"
+    with pytest.raises(CheckpointError, match="its pickle does not fit the checksum"):
+        open_checkpoint(path)
+
+
+def test_a_file_without_checksums_is_read(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = saved(tmp_path / "unchecked.pt", {**state, "part": state["encoder.0.weight"][1:]}, True)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert_same(open_checkpoint(path), {**state, "part": state["encoder.0.weight"][1:]})
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from spectra.measures.matrix import Measured, measure
 SHAPES = [(96, 96), (80, 200), (200, 80)]
 UNKNOWN = {
     "nuclear_norm_update", "effective_rank", "numerical_rank", "energy_rank_90", "energy_rank_99",
-    "effective_rank_tuned", "spectral_shift",
+    "effective_rank_tuned", "spectral_shift", "low_rank", "low_rank_residual",
 }  # fmt: skip
 
 

@@ -130,9 +130,10 @@ def test_the_table_of_components_and_the_row_tell_one_story(pair: tuple[Tensor, 
     assert len({len(column) for column in got.slices.values()}) == 1
     energy = got.layer["update_norm"] ** 2
     assert np.sum(got.components["update_singular_value"] ** 2) == pytest.approx(energy, rel=1e-9)
-    assert np.sum(got.components["diagonal"] ** 2) == pytest.approx(
-        got.layer["diagonal_share"] * energy, rel=1e-6, abs=1e-9 * energy
-    )
+    if got.layer["base_norm"] > 0:
+        assert np.sum(got.components["diagonal"] ** 2) == pytest.approx(
+            got.layer["diagonal_share"] * energy, rel=1e-6, abs=1e-9 * energy
+        )
     assert np.sum(got.slices["plasticity"]) == pytest.approx(1.0 if energy > 0 else 0.0, abs=1e-6)
 
 
@@ -141,16 +142,24 @@ def test_the_table_of_components_and_the_row_tell_one_story(pair: tuple[Tensor, 
 def test_no_update_is_measured_as_none(shape: tuple[int, int], weight: Any) -> None:
     W = torch.from_numpy(build(np.random.default_rng(0), weight, *shape)).float()
     layer = measured(W, W.clone()).layer
-    for name in ("update_norm", "spectral_norm_update", "nuclear_norm_update", "diagonal_share", "off_diagonal_share"):
+    for name in ("update_norm", "spectral_norm_update", "nuclear_norm_update"):
         assert layer[name] == 0, name
-    assert layer["numerical_rank"] == layer["energy_rank_90"] == layer["intruders"] == 0
+    assert layer["numerical_rank"] == layer["energy_rank_90"] == 0
     assert layer["unmoved_share"] == 1
     if weight == "zero":
+        assert layer["intruders"] is None  # a zero matrix has no directions that anything could be unlike
+        assert np.isnan(layer["diagonal_share"])
         assert np.isnan(layer["relative_update"])
         assert np.isnan(layer["cosine"])
         assert np.isnan(layer["spectral_shift"])
     else:
-        assert layer["relative_update"] == 0
+        assert (
+            layer["relative_update"]
+            == layer["diagonal_share"]
+            == layer["off_diagonal_share"]
+            == layer["intruders"]
+            == 0
+        )
         assert layer["cosine"] == pytest.approx(1)
         assert layer["spectral_shift"] == pytest.approx(0, abs=1e-12)
         assert layer["left_overlap"] == pytest.approx(1, abs=1e-6)

@@ -55,13 +55,14 @@ def decompose(W: Array, D: Array, basis: SVD | None = None) -> Columns:
     column = np.array([sum(C[j, i] ** 2 for j in range(k) if j != i) for i in range(k)], dtype=float)
     outside = np.array([np.sum((E[:, i] if m > n else E[i]) ** 2) if m != n else 0.0 for i in range(k)])
     left, right = np.full(k, np.nan), np.full(k, np.nan)
-    for i in np.flatnonzero(s > 0):
+    alive = s > max(m, n) * 2.0**-52 * s[0]  # the directions of zeros are the solver's choice
+    for i in np.flatnonzero(alive):
         left[i] = cosine(s[i] * U[:, i] + D @ V[:, i], U[:, i])
         right[i] = cosine(s[i] * V[:, i] + D.T @ U[:, i], V[:, i])
     return Columns(
         singular_value=s,
         diagonal=diagonal,
-        relative_diagonal=np.array([diagonal[i] / s[i] if s[i] > 0 else np.nan for i in range(k)]),
+        relative_diagonal=np.array([diagonal[i] / s[i] if alive[i] else np.nan for i in range(k)]),
         row_energy=row,
         column_energy=column,
         outside_energy=outside,

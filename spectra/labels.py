@@ -1,0 +1,58 @@
+"""Short labels for tuned models: the caller's own, or what tells their paths apart."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectra.checkpoints import Checkpoint, is_container
+from spectra.errors import SpectraError
+
+
+def labelled(tuned: Any) -> dict[str, Any]:
+    """Give every tuned source a short label: its own, or the end of its path that tells it from the others."""
+    if isinstance(tuned, Mapping) and not isinstance(tuned, Checkpoint):
+        if tuned and not any(isinstance(value, torch.Tensor) for value in tuned.values()):
+            if is_container(tuned) or any(not _is_source(value) for value in tuned.values()):
+                return {"tuned": tuned}
+            return {str(label): source for label, source in tuned.items()}
+        return {"tuned": tuned}
+    sources = list(tuned) if isinstance(tuned, list | tuple) else [tuned]
+    if not sources:
+        raise SpectraError("no tuned checkpoint was given; name at least one after the base")
+    labels = _path_labels([_parts(source, index, len(sources)) for index, source in enumerate(sources)])
+    return dict(zip(labels, sources, strict=True))
+
+
+def _is_source(value: Any) -> bool:
+    """Whether a value can be a checkpoint; in {"my_net": {...}, "epoch": 3} the 3 says that all of it is one."""
+    return isinstance(value, str | os.PathLike | Mapping | torch.nn.Module)
+
+
+def _parts(source: Any, index: int, of: int) -> tuple[str, ...]:
+    """The words of a source, the most telling last."""
+    if isinstance(source, Checkpoint):
+        source = source.source
+    if not isinstance(source, str | os.PathLike):
+        return ("tuned" if of == 1 else f"tuned {index + 1}",)
+    path = Path(source).absolute() if Path(source).exists() else Path(source)
+    return tuple(part for part in (*path.parts[:-1], path.stem if path.is_file() else path.name) if part != os.sep)
+
+
+def _path_labels(paths: Sequence[tuple[str, ...]]) -> list[str]:
+    """The last part that differs between the paths; more of the path, then a number, where one part is not enough."""
+    if len(paths) == 1:
+        generic = {"pytorch_model", "model", "adapter_model", "checkpoint", "consolidated"}
+        return [next((part for part in reversed(paths[0]) if part not in generic), paths[0][-1])]
+    for depth in range(1, max(len(path) for path in paths) + 1):
+        ends = ["/".join(path[-depth:]) for path in paths]
+        single = [path[-depth] if len(path) >= depth else path[0] for path in paths]
+        if len(set(single)) == len(paths):
+            return single
+        if len(set(ends)) == len(paths):
+            return ends
+    return [f"{path[-1]} {index + 1}" for index, path in enumerate(paths)]

@@ -1,0 +1,155 @@
+"""A PEFT LoRA adapter folder, written whole or not at all, and read back before it takes its place."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectra.checkpoints import Adapter, open_checkpoint
+from spectra.errors import SpectraError
+from spectra.linalg.lowrank import LowRank
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OF_AN_ADAPTER = frozenset({CONFIG, WEIGHTS, "adapter_model.bin", "README.md"})
+_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+
+
+def check_place(folder: Path, force: bool) -> None:
+    """Raise `SpectraError` where an adapter must not or cannot be put into `folder`; makes its parents.
+
+    With `force` an adapter's folder is replaced, and never one that holds anything else.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}."):
+            names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    except OSError as error:
+        raise SpectraError(
+            f"cannot write an adapter to {folder}: {error.strerror or error}; choose another folder"
+        ) from error
+    if foreign := sorted(names - OF_AN_ADAPTER):
+        raise SpectraError(f"{folder} holds {foreign[0]!r}, which is no part of an adapter; choose another folder")
+    if names and not force:
+        raise SpectraError(f"{folder} holds an adapter already; choose another folder, or force its replacement")
+
+
+def write_adapter(
+    folder: Path,
+    factors: Mapping[str, LowRank],
+    *,
+    others: Collection[str] = (),
+    is_transposed: bool = False,
+    base_model: str | None = None,
+    architectures: Collection[str] = (),
+) -> None:
+    """Write D = B A of each module as a LoRA that `PeftModel.from_pretrained(base_model, folder)` loads.
+
+    Args:
+        folder: takes the place of what is there; see `check_place`.
+        factors: module name -> B (out x r), A (r x in), c = 1; ranks may differ. lora_alpha = r, so that the scaling
+            is 1 and the factors are stored as they are.
+        others: the base's modules that are not adapted, so that none of them is meant by a name's ending.
+        is_transposed: whether modules store (in x out), as Conv1D does; the factors do not.
+        base_model: the base's path or hub id, for `AutoPeftModel`.   architectures: those of its config.
+    Raises: SpectraError where the disk is full or what was read back differs.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"base_model.model.{module}.lora_{side}.weight": factor.contiguous()
+        for module, update in factors.items()
+        for side, factor in (("A", update.A), ("B", update.B))
+    }
+    config = _config(factors, others, is_transposed, base_model, architectures)
+    try:
+        with _replacing_folder(folder) as temporary:
+            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+            (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            _check(temporary, factors)
+    except OSError as error:
+        raise SpectraError(
+            f"cannot write the adapter to {folder}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
+
+
+def _config(
+    factors: Mapping[str, LowRank],
+    others: Collection[str],
+    is_transposed: bool,
+    base_model: str | None,
+    architectures: Collection[str],
+) -> dict[str, Any]:
+    """adapter_config.json. PEFT takes names for endings of modules' names, and patterns for regular expressions."""
+    every = {*factors, *others}
+
+    def pattern(module: str) -> str:
+        # `fc` would also mean `layer.fc`.
+        anchor = "^" if any(other.endswith(f".{module}") for other in every) else ""
+        return anchor + re.escape(module)
+
+    ranks = {pattern(module): update.rank for module, update in factors.items()}
+    most = max(ranks.values())
+    means_others = any(other.endswith(f".{module}") for module in factors for other in others)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if any(_CAUSAL.search(name) for name in architectures) else None,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "target_modules": "|".join(map(re.escape, factors)) if means_others else list(factors),
+        "fan_in_fan_out": is_transposed,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "init_lora_weights": True,
+    }
+
+
+def _check(folder: Path, factors: Mapping[str, LowRank]) -> None:
+    """Raise `SpectraError` unless the folder reads as an adapter of exactly these factors, of scaling 1."""
+    adapter = open_checkpoint(folder)
+    assert isinstance(adapter, Adapter)
+    for module, written in factors.items():
+        read = adapter.update(f"{module}.weight")
+        if read.c != 1.0 or not (torch.equal(read.A, written.A) and torch.equal(read.B, written.B)):
+            raise SpectraError(f"the factors of {module!r} read back otherwise than they were written; check the disk")
+
+
+@contextmanager
+def _replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder` that takes its place when the block ends well, and else vanishes.
+
+    A folder cannot be replaced in one step: the old one is moved aside first, and back where the second step fails.
+    """
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    old = temporary.with_name(f"{temporary.name}.old")
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
