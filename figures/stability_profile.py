@@ -66,7 +66,7 @@ def panel(ax: Axes, table: pd.DataFrame, quantity: str, title: str, label: str) 
         ax.fill_between(component, lower, upper, color=color, alpha=0.2, linewidth=0)
         ax.plot(component, middle, color=color, linestyle=line, linewidth=1.4, label=name)
     ax.set_title(title, fontsize=9, loc="left")
-    ax.set_xlabel(r"component $i$, by falling $\sigma_i$ of the base", fontsize=8)
+    ax.set_xlabel(r"component $i$, by falling $s_i$ of the base", fontsize=8)
     ax.set_ylabel(label, fontsize=8)
     ax.tick_params(labelsize=8)
 

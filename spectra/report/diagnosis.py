@@ -19,6 +19,7 @@ __all__ = ["Finding", "diagnose"]
 SENTENCES = (
     size.nothing,
     size.outliers,
+    size.zero,
     size.size,
     size.depth,
     size.roles,

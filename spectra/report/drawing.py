@@ -58,11 +58,19 @@ def letters(ax: Axes) -> float:
 
 
 def label(ax: Axes, message: str, subject: str, x: str, y: str) -> None:
-    """Title (its one message, then what it is about, each within the width) and axis labels, in letters that fit."""
+    """Title (its one message, then what it is about, each within the width) and axis labels, in letters that fit.
+
+    A message of two lines takes the subject onto its second one.
+    """
     size = letters(ax)
     width = max(20, int(inches(ax)[0] * 72 / (size * 0.56)))
     lines = textwrap.wrap(message[:1].upper() + message[1:], width)
-    ax.set_title("\n".join([*lines, plain(shorten(subject, width))]), fontsize=size, loc="left", y=1.0)
+    room = width - len(lines[-1]) - len(" - ")
+    if len(lines) > 1 and room >= min(10, len(subject)):
+        lines[-1] += f" - {plain(shorten(subject, room))}"
+    else:
+        lines.append(plain(shorten(subject, width)))
+    ax.set_title("\n".join(lines), fontsize=size, loc="left", y=1.0)
     ax.set_xlabel(x, fontsize=size)
     ax.set_ylabel(y, fontsize=size)
     ax.tick_params(labelsize=size - 1)
@@ -114,9 +122,10 @@ def profile(ax: Axes, stability: Array, plasticity: Array, slices: Sequence[tupl
     ax.set_ylim(low - 0.05 * max(1 - low, 1e-3), 1 + 0.03 * max(1 - low, 1e-3))
     right = ax.twinx()
     shade(right, slices)
-    right.plot(component, plasticity, linestyle="none", marker="s", markersize=2.2, color=VERMILION, alpha=0.45)
+    (single,) = right.plot(component, plasticity, linestyle="none", marker="s", markersize=2.2, color=VERMILION)
+    single.set(alpha=0.45, label="plasticity, one component each")
     mean = running_mean(plasticity)
-    (plastic,) = right.plot(component, mean, color=VERMILION, linestyle="--", linewidth=1.6, label="plasticity")
+    (plastic,) = right.plot(component, mean, color=VERMILION, linestyle="--", linewidth=1.6, label="running mean of it")
     null = right.axhline(1 / k, color=GREY, linestyle=":", linewidth=1.2, label=f"even share 1/{k}")
     if is_wide(plasticity):
         right.set_yscale("log")
@@ -127,7 +136,7 @@ def profile(ax: Axes, stability: Array, plasticity: Array, slices: Sequence[tupl
     right.tick_params(labelsize=size - 1)
     ax.set_zorder(right.get_zorder() + 1)
     ax.patch.set_visible(False)
-    legend_below(ax, 3, handles=[stable, plastic, null])
+    legend_below(ax, 2, handles=[stable, null, single, plastic])
 
 
 def running_mean(values: Array) -> Array:
@@ -158,9 +167,9 @@ def spectrum(ax: Axes, base: Array, tuned: Array, update: Array) -> None:
     """Singular values of W, W' and D in descending order, logarithmic; zeros cannot be shown and are left out."""
     marker = "o" if len(base) < 30 else ""
     styles: tuple[dict[str, Any], ...] = (
-        {"color": "0.7", "linestyle": "-", "linewidth": 3, "label": r"base $\sigma_i(W)$"},
-        {"color": BLUE, "linestyle": "--", "linewidth": 1.5, "label": r"tuned $\sigma_i(W')$"},
-        {"color": VERMILION, "linestyle": "-.", "linewidth": 1.5, "label": r"update $\sigma_i(D)$"},
+        {"color": "0.7", "linestyle": "-", "linewidth": 3, "label": r"base $s_i$"},
+        {"color": BLUE, "linestyle": "--", "linewidth": 1.5, "label": r"tuned $s'_i$"},
+        {"color": VERMILION, "linestyle": "-.", "linewidth": 1.5, "label": r"update $s_i(D)$"},
     )
     for values, style in zip((base, tuned, update), styles, strict=True):
         ax.plot(np.arange(len(values)), np.where(values > 0, values, np.nan), marker=marker, **style)
@@ -181,7 +190,7 @@ def stacked_shares(ax: Axes, groups: Sequence[str], shares: Sequence[Array], nul
     mark: dict[str, Any] = {"marker": "|", "markersize": size + 2, "markeredgewidth": 1.6, "color": VERMILION}
     ax.plot(null, place, linestyle="none", clip_on=False, zorder=5, label="singular values if random", **mark)
     for at, times in enumerate(enrichment):
-        ax.text(1.015, at, f"{number(float(times), 2)}x", va="center", fontsize=size - 1)
+        ax.text(1.015, at, f"{number(float(times), 2)} x random", va="center", fontsize=size - 1)
     thin_ticks(ax, list(place), groups)
     ax.set_ylim(len(groups) - 0.4, -0.6)
     ax.set_xlim(0, 1)

@@ -34,6 +34,9 @@ class Finding:
     tuned: str
     matrices: list[str]
 
+    def __str__(self) -> str:
+        return self.text
+
 
 @dataclass(frozen=True)
 class Evidence:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from spectra.report import summary
 from spectra.report.pictures import standard_set
 from spectra.report.rows import COLUMNS, MARKS, Line, model_lines
-from spectra.report.tables import heading, left_out_sentences
+from spectra.report.sections import left_out_sentences
+from spectra.report.tables import heading
 from spectra.report.wording import printable
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from spectra.errors import SpectraError
 from spectra.report import drawing, summary
+from spectra.report.choosing import full_name, known
 from spectra.report.wording import number, percent, printable
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ QUANTITIES = {
     "stability": "stability (1 = unmoved)",
     "left_stability": "left stability (1 = unmoved)",
     "right_stability": "right stability (1 = unmoved)",
-    "relative_diagonal": r"$C_{ii} / \sigma_i$",
+    "relative_diagonal": r"$C_{ii} / s_i$",
     "diagonal": r"$C_{ii}$",
     "rotation": "first-order rotation (radians)",
     "relative_update": r"relative update $\|D\|_F / \|W\|_F$",
@@ -36,7 +36,7 @@ QUANTITIES = {
     "stable_rank": r"stable rank $\|D\|_F^2 / \|D\|_2^2$",
     "effective_rank": "effective rank of $D$",
     "energy_rank_90": r"$K_{90}$: directions with 90% of $\|D\|_F^2$",
-    "spectral_shift": r"spectral shift $\|\sigma' - \sigma\|_2 / \|\sigma\|_2$",
+    "spectral_shift": r"spectral shift $\|s' - s\|_2 / \|s\|_2$",
     "intruders": "intruder dimensions",
     "cosine": "cosine of $W$ and $W'$",
 }
@@ -46,7 +46,8 @@ class Plots:
     """The pictures of `result`. Methods return matplotlib Axes.
 
     `ax=None` makes a figure; `tuned=None` takes the first tuned model. A name, quantity or model that is not there
-    raises `SpectraError` with the closest that are.
+    raises `SpectraError` with the closest that are. A matrix is called by its name in `layers`, or by an end of it that
+    no other has ("layer.0.attention.self.query"); an end that several have raises `SpectraError` with some of them.
     """
 
     def __init__(self, result: Comparison) -> None:
@@ -63,11 +64,11 @@ class Plots:
         """Stability and plasticity of every component of one matrix, with the even share 1/k.
 
         Args:
-            name: the matrix, as in `layers`.
+            name: the matrix, as in `layers`, or an end of its name that only it has, with or without ".weight".
             slices: ranges [start, stop) of components to mark; the comparison's own slices where None.
         Returns: the axes of the stability (left); plasticity is on their twin (right).
         """
-        rows, tuned = self._components(name, tuned)
+        name, tuned, rows = self._components(name, tuned)
         if slices is None:
             table = self.result.slices
             table = table[(table["tuned"] == tuned) & (table["name"] == name)]
@@ -92,7 +93,7 @@ class Plots:
         tuned = self._tuned(tuned)
         layers = summary.by_depth(summary.compared(self._layers(tuned)))
         table = self.result.components
-        self._known(quantity, _numeric(table, "component"), "a quantity of components")
+        known(quantity, _numeric(table, "component"), "a quantity of components")
         grid = self._binned(layers, tuned, quantity, bins)
         ax = _axes(ax, height=min(9.0, 3.2 + 0.03 * len(layers)))
         drawing.heatmap(
@@ -104,15 +105,15 @@ class Plots:
         )
         eighth = max(1, bins // 8)
         first, last = (number(_middle(grid[:, end]), 2) for end in (slice(eighth), slice(-eighth, None)))
-        message = f"{quantity.replace('_', ' ')} is {first} at the leading end, {last} at the trailing end"
+        message = f"{quantity.replace('_', ' ')}: {first} at the leading end, {last} at the trailing"
         if quantity == "plasticity":
-            message = f"the leading end carries {first} times its even share, the trailing end {last}"
+            message = f"leading end carries {first} x its even share, trailing end {last}"
         drawing.label(ax, message, tuned, "position in the spectrum $i/k$, leading first", "layer")
         return ax
 
     def spectrum(self, name: str, *, tuned: str | None = None, ax: Axes | None = None) -> Axes:
         """Singular values of the base, the tuned matrix and the update, logarithmic."""
-        rows, tuned = self._components(name, tuned)
+        name, tuned, rows = self._components(name, tuned)
         layers = self._layers(tuned)
         directions = layers["energy_rank_90"][layers["name"] == name].dropna()
         ax = _axes(ax)
@@ -120,8 +121,8 @@ class Plots:
         drawing.spectrum(ax, *(rows[column].to_numpy(dtype=np.float64) for column in columns))
         message = "Singular values of base, tuned weight and update"
         if len(directions):  # a fast comparison does not know it
-            message = f"90% of the update in {number(float(directions.iloc[0]))} of {len(rows)} directions"
-        drawing.label(ax, message, f"{tuned}: {name}", "index $i$", r"singular value $\sigma_i$")
+            message = f"90% of the update in {int(directions.iloc[0])} of {len(rows)} directions"
+        drawing.label(ax, message, f"{tuned}: {name}", "index $i$", r"singular value $s_i$")
         return ax
 
     def energy(self, by: str = "layer", *, tuned: str | None = None, ax: Axes | None = None) -> Axes:
@@ -146,10 +147,10 @@ class Plots:
         drawing.stacked_shares(ax, names, shares, shares[0] / enrichment, enrichment)
         typical = layers[~summary.is_outlier(layers)]
         message = (
-            f"singular values hold {percent(summary.pooled_share(typical, 'diagonal_share'))} of the update, "
-            f"{number(summary.pooled_enrichment(typical), 2)} times what is random"
+            f"changes of singular values, to first order: {percent(summary.pooled_share(typical, 'diagonal_share'))}, "
+            f"{number(summary.pooled_enrichment(typical), 2)}\u00a0x\u00a0random"  # one piece
         )
-        drawing.label(ax, message, tuned, "share of $\\|D\\|_F^2$\n(right: singular values / random)", by)
+        drawing.label(ax, message, tuned, r"share of the update's energy $\|D\|_F^2$", by)
         return ax
 
     def depth(self, quantity: str = "relative_update", *, tuned: str | None = None, ax: Axes | None = None) -> Axes:
@@ -158,7 +159,7 @@ class Plots:
         Where no matrix lies in a numbered block, matrices are drawn in file order.
         """
         tuned = self._tuned(tuned)
-        self._known(quantity, _numeric(self.result.layers, "layer"), "a measure of matrices")
+        known(quantity, _numeric(self.result.layers, "layer"), "a measure of matrices")
         layers = summary.compared(self._layers(tuned))
         rows = layers[layers["layer"].notna() & layers[quantity].notna()]
         where = "layer"
@@ -175,14 +176,14 @@ class Plots:
         ax = _axes(ax)
         drawing.depth_lines(ax, lines, null)
         top = summary.most(rows, quantity)
-        message = f"{quantity.replace('_', ' ')} is largest in {top['role']}, {where.split(',')[0]} {top['layer']} "
+        message = f"{quantity.replace('_', ' ')} largest in {top['role']}, {where.split(',')[0]} {top['layer']} "
         message += f"({number(rows[quantity].max())})"
         drawing.label(ax, message, tuned, where, QUANTITIES.get(quantity, quantity))
         return ax
 
     def slices(self, name: str, *, tuned: str | None = None, ax: Axes | None = None) -> Axes:
         """Block and cross share of the update's energy of every slice of one matrix, with what is random."""
-        rows, tuned = self._components(name, tuned)
+        name, tuned, rows = self._components(name, tuned)
         table = self.result.slices
         table = table[(table["tuned"] == tuned) & (table["name"] == name)].sort_values("slice")
         if table.empty:
@@ -203,7 +204,7 @@ class Plots:
         labels = summary.tuned_labels(self.result)
         if tuned is None and labels:
             return labels[0]
-        self._known(tuned or "", labels, "a tuned model of this comparison")
+        known(tuned or "", labels, "a tuned model of this comparison")
         return tuned or ""
 
     def _layers(self, tuned: str) -> pd.DataFrame:
@@ -215,10 +216,11 @@ class Plots:
             )
         return layers
 
-    def _components(self, name: str, tuned: str | None) -> tuple[pd.DataFrame, str]:
+    def _components(self, name: str, tuned: str | None) -> tuple[str, str, pd.DataFrame]:
+        """The full name of a matrix, its tuned model, its rows of `components` in order."""
         tuned = self._tuned(tuned)
         layers = summary.rows_of(self.result, tuned)
-        self._known(name, list(layers["name"]), f"a matrix of {printable(tuned)}")
+        name = full_name(name, list(layers["name"]), f"a matrix of {printable(tuned)}")
         table = self.result.components
         rows = table[(table["tuned"] == tuned) & (table["name"] == name)].sort_values("component")
         if rows.empty:
@@ -227,7 +229,7 @@ class Plots:
             raise SpectraError(
                 f"{printable(name)} of {printable(tuned)} is {status}{why}: it has no components to draw"
             )
-        return rows, tuned
+        return name, tuned, rows
 
     def _binned(self, layers: pd.DataFrame, tuned: str, quantity: str, bins: int) -> drawing.Array:
         """Means of a quantity over equal stretches of the spectrum of every matrix: (matrices, bins)."""
@@ -241,14 +243,6 @@ class Plots:
                 continue
             grid[at] = drawing.bin_means(row, bins) * (len(row) if quantity == "plasticity" else 1)
         return grid
-
-    @staticmethod
-    def _known(name: str, names: Sequence[str], what: str) -> None:
-        if name in names:
-            return
-        close = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or list(names)[:3]
-        shown = ", ".join(repr(each) for each in close) or "none: it is empty"
-        raise SpectraError(f"{name!r} is not {what}; the closest are {shown}")
 
 
 def save_pictures(result: Comparison, folder: str | os.PathLike[str]) -> list[Path]:

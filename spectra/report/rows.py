@@ -69,7 +69,7 @@ COLUMNS = (
     Column("update", "size of the update D = tuned - base: ||D|| / ||W||", "relative_update", number, 0),
     Column(
         "sv x",
-        "energy of D that changes singular values, over what a random update has (1 = random)",
+        "energy of D on the diagonal C_ii (singular values, to first order), over a random update's (1 = random)",
         "diagonal_enrichment",
         _two_digits,
         1,
@@ -140,7 +140,7 @@ def model_lines(result: Comparison, tuned: str, top: int) -> list[Line]:
     lines += [
         Line("failed", name, role, FAILED, {}) for name, role in zip(failed["name"][:5], failed["role"], strict=False)
     ]
-    counting = layers[layers["status"] != "failed"]
+    counting = layers[(layers["status"] == "unchanged") | layers.index.isin(moved.index)]  # a zero base has no size
     if moved.empty:
         return lines
     for role in summary.role_order(counting):

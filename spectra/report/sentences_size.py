@@ -7,12 +7,15 @@ from itertools import pairwise
 
 from spectra.report import summary
 from spectra.report.evidence import NAME_WIDTH, NOTABLE, Evidence, Finding, Numbers
-from spectra.report.wording import listed, matrices, number, printable, shorten
+from spectra.report.wording import counted, listed, matrices, number, pattern, printable, shorten
+
+SHOWN_REASONS = 3  # kinds of failure that a sentence quotes
 
 
 def outliers(evidence: Evidence) -> Finding | None:
     """Matrices that moved so far that they would drown the rest in any sum."""
     rows = evidence.outliers.sort_values("relative_update", ascending=False)
+    rows = rows[rows["spectral_norm_tuned"] != 0]  # a weight that was set to zero was not trained anew; see `zero`
     if rows.empty:
         return None
     typical = summary.median(evidence.typical, "relative_update")
@@ -28,7 +31,10 @@ def outliers(evidence: Evidence) -> Finding | None:
         )
         text += f"moved by {number(update)} times its own norm"
         rest = "they are left out of the sums below"
-    text += f" (the median of the others: {number(typical)}), consistent with a retrained or newly initialised layer; "
+    text += f" (the median of the others: {number(typical)})"
+    if not (rows["update_form"] == "low rank").any():  # an adapter adds to a layer and makes none anew
+        text += ", consistent with a retrained or newly initialised layer"
+    text += "; "
     return Finding(text + rest + ".", numbers, evidence.tuned, list(rows["name"]))
 
 
@@ -54,8 +60,35 @@ def size(evidence: Evidence) -> Finding | None:
         text += f": median {number(median)}, from {number(least['relative_update'])} in {low} "
         text += f"to {number(most['relative_update'])} in {high}"
     if update > 1:
-        text += "; that is more than the base itself, consistent with weights that were trained anew rather than tuned"
+        text += "; that is more than the base itself"
+        if not (rows["update_form"] == "low rank").any():
+            text += ", consistent with weights that were trained anew rather than tuned"
     return Finding(text + ".", numbers, evidence.tuned, names)
+
+
+def zero(evidence: Evidence) -> Finding | None:
+    """Matrices that are all zero before or after, of which directions and relative sizes say nothing."""
+    rows = evidence.layers[evidence.layers["status"] == "compared"]
+    sides = {"base": rows[rows["base_norm"] == 0], "tuned": rows[rows["spectral_norm_tuned"] == 0]}
+    parts: list[str] = []
+    names: list[str] = []
+    numbers: Numbers = {}
+    for side, found in sides.items():
+        if found.empty:
+            continue
+        numbers[f"{side}_all_zero"] = len(found)
+        names += list(found["name"])
+        parts.append(
+            f"the {side} weight is all zero in {matrices(len(found))} ({listed(list(found['name']), width=NAME_WIDTH)})"
+        )
+    if not parts:
+        return None
+    text = f"{' and '.join(parts)}: they have no directions to be kept or replaced"
+    if len(sides["base"]):
+        text += ", and what grew from zero has no relative size and is in no sum"
+    elif sides["tuned"].index.isin(evidence.outliers.index).any():
+        text += ", and what stands apart is left out of the sums below"
+    return Finding(f"{text[:1].upper()}{text[1:]}.", numbers, evidence.tuned, names)
 
 
 def depth(evidence: Evidence) -> Finding | None:
@@ -129,11 +162,16 @@ def failed(evidence: Evidence) -> Finding | None:
     rows = evidence.layers[evidence.layers["status"] == "failed"]
     if rows.empty:
         return None
-    reason = printable(str(rows["note"].iloc[0])).rstrip(".") or "no reason was recorded"
-    text = (
-        f"{len(rows)} of {matrices(len(evidence.layers))} could not be measured: "
-        f"{listed(list(rows['name']), width=NAME_WIDTH)} ({reason})."
-    )
+    kinds: dict[str, tuple[str, list[str]]] = {}
+    for name, note in zip(rows["name"], rows["note"], strict=True):
+        reason = printable(str(note)).rstrip(".") or "no reason was recorded"
+        kinds.setdefault(pattern(reason), (reason, []))[1].append(name)
+    commonest = sorted(kinds.values(), key=lambda kind: -len(kind[1]))
+    parts = [f"{listed(names, width=NAME_WIDTH)} ({reason})" for reason, names in commonest[:SHOWN_REASONS]]
+    text = f"{len(rows)} of {matrices(len(evidence.layers))} could not be measured: {'; '.join(parts)}"
+    if len(kinds) > SHOWN_REASONS:
+        text += f"; and {counted(len(kinds) - SHOWN_REASONS, 'other reason')}"
+    text += "."
     numbers: Numbers = {"failed": len(rows), "matrices": len(evidence.layers)}
     return Finding(text, numbers, evidence.tuned, list(rows["name"]))
 

@@ -6,50 +6,76 @@ import math
 
 from spectra.report import summary
 from spectra.report.evidence import NAME_WIDTH, NOTABLE, Evidence, Finding, Numbers
-from spectra.report.wording import counted, matrices, number, percent, shorten
+from spectra.report.wording import count, counted, matrices, number, percent, shorten
 
 ALIGNED = 2.0  # times its null, above which the diagonal is more than chance
+HELD = 0.25  # of what the diagonal says to first order, below which singular values did not really change
+MOVED = 1e-6  # of s_0: a smaller change of a singular value is none
+MOSTLY = 0.6  # of the components, above which their common sign is worth a sentence
 AGREEMENT = 0.8  # of the matrices at one small numerical rank, above which an update looks like a merged adapter
 LITERATURE = "Shuttleworth et al. (arXiv 2410.21228)"
 
 
 def singular_values_or_directions(evidence: Evidence) -> Finding | None:
-    """How the energy of the update divides between singular values, directions, and what is outside the basis."""
+    """How the energy of the update divides between singular values, directions, and what is outside the basis.
+
+    C_ii is the change of a singular value to first order only: a pure rotation puts energy there at second order. So
+    the exact change of the singular values stands beside it and decides where the two disagree.
+    """
     columns = ("diagonal_share", "off_diagonal_share", "outside_share")
     shares = {column: summary.pooled_share(evidence.typical, column) for column in columns}
     enrichment = summary.pooled_enrichment(evidence.typical)
     if any(math.isnan(value) for value in (*shares.values(), enrichment)):
         return None
+    shift = summary.pooled_shift(evidence.typical)
+    first_order = math.sqrt(shares["diagonal_share"]) * summary.pooled_update(evidence.typical)
     if shares["diagonal_share"] > 0.5:
         verdict = "mostly a rescaling of the base's own components"
+    elif enrichment > 1 / ALIGNED and shift < HELD * first_order:
+        verdict = "directions turned and singular values were kept (the diagonal is then a second order of the turn)"
     elif enrichment >= ALIGNED:
         verdict = "directions turned, yet singular values moved more than chance would have it"
+        verdict += ", as far as the first order tells" if math.isnan(shift) else ""
     elif enrichment > 1 / ALIGNED:
         verdict = "close to chance, so consistent with directions that turned without regard to the singular values"
     else:
         verdict = "less than chance, consistent with directions that turned while singular values were held"
     diagonal, turned, outside = (percent(share) for share in shares.values())
+    numbers: Numbers = {**shares, "diagonal_enrichment": enrichment}
     text = (
-        f"Changes of the singular values hold {diagonal} of the update's energy, {number(enrichment)} times what a "
-        f"random update puts there; {turned} turns directions inside the base's singular basis and {outside} lies "
-        f"outside it: {verdict}."
+        f"To first order, changes of the singular values (the diagonal C_ii) hold {diagonal} of the update's energy, "
+        f"{number(enrichment)} times what a random update puts there; {turned} turns directions inside the base's "
+        f"singular basis and {outside} lies outside it"
     )
-    return Finding(text, {**shares, "diagonal_enrichment": enrichment}, evidence.tuned, [])
+    if not math.isnan(shift):
+        numbers["spectral_shift"] = shift
+        text += f"; exactly, the singular values moved by {number(shift)} of their norm"
+    return Finding(f"{text}: {verdict}.", numbers, evidence.tuned, [])
 
 
 def sign(evidence: Evidence) -> Finding | None:
-    """Whether singular values mostly grew or shrank, where their change is more than chance."""
-    diagonal = evidence.components["diagonal"].dropna()
-    if diagonal.empty or not summary.pooled_enrichment(evidence.typical) >= ALIGNED:
+    """Whether singular values mostly grew or shrank, where their change is more than chance.
+
+    Told by the exact singular values; C_ii alone is negative for any rotation, at second order.
+    """
+    largest = evidence.components.groupby("name")["singular_value"].transform("max")
+    known = evidence.components["tuned_singular_value"].notna()  # a fast comparison has the leading ones only
+    rows, largest = evidence.components[known], largest[known]
+    if rows.empty or not summary.pooled_enrichment(evidence.typical) >= ALIGNED:
         return None
-    verb, share, meaning = "grew", float((diagonal > 0).mean()), ""
-    if (diagonal < 0).mean() > share:
-        verb, share, meaning = "shrank", float((diagonal < 0).mean()), " (weight decay would do this)"
-    if share < 0.6:
+    change = (rows["tuned_singular_value"] - rows["singular_value"]) / largest.where(largest > 0)
+    grew, shrank = float((change > MOVED).mean()), float((change < -MOVED).mean())
+    verb, share = ("shrank", shrank) if shrank > grew else ("grew", grew)
+    if share < MOSTLY:
         return None
-    of = counted(len(diagonal), "component")
-    text = f"Singular values mostly {verb}: {percent(share)} of {of}, to first order{meaning}."
-    return Finding(text, {f"{verb}_share": share, "components": len(diagonal)}, evidence.tuned, [])
+    which = "component" if known.all() else "leading component"
+    numbers: Numbers = {f"{verb}_share": share, "components": len(rows)}
+    text = f"Singular values mostly {verb}: {percent(share)} of {counted(len(rows), which)}"
+    negative = float((rows["diagonal"] < 0).mean())
+    if verb == "shrank" and negative >= MOSTLY:
+        numbers["negative_diagonal_share"] = negative
+        text += f", and {percent(negative)} have a negative C_ii (weight decay would do this)"
+    return Finding(text + ".", numbers, evidence.tuned, [])
 
 
 def part_of_the_spectrum(evidence: Evidence) -> Finding | None:
@@ -97,8 +123,9 @@ def rank(evidence: Evidence) -> Finding | None:
     rows = evidence.typical.dropna(subset=list(columns))
     if rows.empty:
         return None
-    stable, effective, numerical, directions = (summary.median(rows, column) for column in columns)
-    side = float(rows[["rows", "columns"]].min(axis=1).median())
+    stable, effective = (summary.median(rows, column) for column in columns[:2])
+    numerical, directions = (count(summary.median(rows, column)) for column in columns[2:])
+    side = count(float(rows[["rows", "columns"]].min(axis=1).median()))
     text = (
         f"In the median matrix the update has stable rank {number(stable)}, effective rank {number(effective)} and "
         f"numerical rank {number(numerical)} of {number(side)}; 90% of its energy lies in {number(directions)}"
@@ -131,16 +158,16 @@ def intruders(evidence: Evidence) -> Finding | None:
         return None
     hit = rows[rows["intruders"] > 0].sort_values("intruders", ascending=False)
     lowest = summary.least(rows, "lowest_best_cosine")
-    count = int(hit["intruders"].sum())
+    found = int(hit["intruders"].sum())
     numbers: Numbers = {
-        "intruders": count,
+        "intruders": found,
         "matrices_with_intruders": len(hit),
         "matrices": len(rows),
         "lowest_best_cosine": float(lowest["lowest_best_cosine"]),
         "cosine_null": float(lowest["cosine_null"]),
     }
     text = (
-        f"There {'is' if count == 1 else 'are'} {counted(count, 'intruder dimension')} (top-{evidence.top} left "
+        f"There {'is' if found == 1 else 'are'} {counted(found, 'intruder dimension')} (top-{evidence.top} left "
         f"directions whose |cos| with every base direction is under {evidence.epsilon:g}) in {len(hit)} of "
         f"{matrices(len(rows))}"
     )

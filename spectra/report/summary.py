@@ -39,10 +39,15 @@ BEFORE_THE_BLOCKS = ("token_embedding", "position_embedding", "conv")
 
 @dataclass(frozen=True)
 class Reason:
-    """Why some tensors were not compared: the first such reason in full, how many there are, and their names."""
+    """Why some tensors were not compared: the first such reason in full, and the names of all.
+
+    Attributes:
+        failed: whether they were paired and could not be measured.
+    """
 
     text: str
     names: list[str]
+    failed: bool = False
 
 
 def tuned_labels(result: Comparison) -> list[str]:
@@ -86,12 +91,17 @@ def is_outlier(layers: pd.DataFrame) -> pd.Series[bool]:
 def pooled_update(layers: pd.DataFrame) -> float:
     """sqrt(sum ||D||_F^2) / sqrt(sum ||W||_F^2) over the rows with norms; bit-identical matrices count with D = 0.
 
-    NaN where no row has norms or the base is all zero.
+    A matrix whose base is all zero has no relative size and is left out. NaN where no row is left.
     """
     update = layers["update_norm"].where(layers["status"] != "unchanged", 0.0)
-    known = update.notna() & layers["base_norm"].notna()
+    known = update.notna() & (layers["base_norm"] > 0)
     base = math.hypot(*layers["base_norm"][known])
     return math.hypot(*update[known]) / base if base > 0 else math.nan
+
+
+def pooled_shift(layers: pd.DataFrame) -> float:
+    """sqrt(sum ||s' - s||^2) / sqrt(sum ||s||^2): the spectral shift of several matrices. NaN where none is known."""
+    return math.sqrt(weighted_mean(layers["spectral_shift"] ** 2, layers["base_norm"]))
 
 
 def pooled_share(layers: pd.DataFrame, share: str) -> float:
@@ -165,12 +175,9 @@ def left_out(result: Comparison, tuned: str) -> list[Reason]:
     failed = rows_of(result, tuned)
     failed = failed[failed["status"] == "failed"]
     missing = result.unmatched[result.unmatched["tuned"] == tuned]
-    for name, reason in [
-        *(
-            (name, f"failed: {note or 'no reason was recorded'}")
-            for name, note in zip(failed["name"], failed["note"], strict=True)
-        ),
-        *zip(missing["name"], missing["reason"], strict=True),
-    ]:
+    for name, note in zip(failed["name"], failed["note"], strict=True):
+        reason = f"failed: {note or 'no reason was recorded'}"
+        groups.setdefault(pattern(reason), Reason(reason, [], failed=True)).names.append(str(name))
+    for name, reason in zip(missing["name"], missing["reason"], strict=True):
         groups.setdefault(pattern(str(reason)), Reason(str(reason), [])).names.append(str(name))
     return sorted(groups.values(), key=lambda reason: -len(reason.names))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,23 +14,16 @@ from rich.text import Text
 
 from spectra.report import summary
 from spectra.report.rows import COLUMNS, MARKS, Column, Line, model_lines
-from spectra.report.wording import ELLIPSIS, counted, listed, matrices, printable, shorten
+from spectra.report.sections import sections
+from spectra.report.wording import ELLIPSIS, counted, matrices, printable, shorten
 
 if TYPE_CHECKING:
     from spectra.comparison import Comparison
 
 CELL = 7  # characters of a number, with the space before it
 NARROWEST_NAME = 34  # columns of numbers are dropped before names get shorter than this
+LEAST_SOURCE = 16  # characters of a path, under which it says nothing
 ROLE_FROM = 118  # console width from which the role has its own column
-MOST_REASONS = 8
-FILES = (
-    "layers.parquet",
-    "components.parquet",
-    "slices.parquet",
-    "unmatched.parquet",
-    "comparison.json",
-    "report.html",
-)
 
 
 def print_comparison(result: Comparison, console: Console, top: int = 15, out: Path | None = None) -> None:
@@ -44,6 +37,15 @@ def print_comparison(result: Comparison, console: Console, top: int = 15, out: P
         top: how many matrices are listed for each tuned model.
         out: the folder that the result is (being) written to; None where it is kept nowhere.
     """
+    if console.is_terminal:
+        _print(result, console, top, out)
+        return
+    with console.capture() as captured:
+        _print(result, console, top, out)
+    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))  # no trailing blanks
+
+
+def _print(result: Comparison, console: Console, top: int, out: Path | None) -> None:
     encodable = _Encodable(console.encoding)
     labels = summary.tuned_labels(result)
     shown: list[Line] = []
@@ -51,7 +53,8 @@ def print_comparison(result: Comparison, console: Console, top: int = 15, out: P
     for tuned in labels:
         lines = model_lines(result, tuned, top)
         shown += lines
-        console.print(encodable(heading(result, tuned), "bold"), soft_wrap=False)
+        for line in heading(result, tuned, console.width).splitlines():  # its own breaks, not one inside a count
+            console.print(encodable(line, "bold"))
         if lines:
             console.print(_table(lines, columns, console.width, encodable))
         listed_here = sum(line.kind == "matrix" for line in lines)
@@ -64,7 +67,7 @@ def print_comparison(result: Comparison, console: Console, top: int = 15, out: P
     if any(line.kind != "failed" for line in shown):
         console.print(_legend(result, shown, columns))
         console.print()
-    for title, sentences in _sections(result, labels, out):
+    for title, sentences in sections(result, labels, out):
         if sentences:
             console.print(encodable(title, "bold"))
             for sentence in sentences:
@@ -82,8 +85,12 @@ class _Encodable:
         return Text(printable(text).encode(self.encoding, "backslashreplace").decode(self.encoding), style=style)
 
 
-def heading(result: Comparison, tuned: str) -> str:
-    """One line on a tuned model: its label, its source, how many of its matrices were compared."""
+def heading(result: Comparison, tuned: str, width: int = 0) -> str:
+    """One line on a tuned model: its label, its source, how many of its matrices were compared.
+
+    Args:
+        width: where given and too narrow for it all, the source is shortened, then the counts get their own line.
+    """
     layers = summary.rows_of(result, tuned)
     counts = [
         f"{matrices(count) if first else count} {status}"
@@ -93,8 +100,22 @@ def heading(result: Comparison, tuned: str) -> str:
     named = result.provenance.get("tuned")
     described = named.get(tuned) if isinstance(named, Mapping) else None
     source = str(described.get("source", "")) if isinstance(described, Mapping) else ""
-    where = f" ({source if len(source) <= 60 else ELLIPSIS + source[-57:]})" if source and source != tuned else ""
-    return f"{tuned}{where}: {', '.join(counts)}" if len(layers) else f"{tuned}{where}: nothing compared"
+    said = ", ".join(counts) if len(layers) else "nothing compared"
+    label = printable(tuned)
+    room = min(60, width - len(f"{label} (): {said}")) if width else 60
+    if not source or source == tuned:
+        where = ""
+    elif room < LEAST_SOURCE:
+        where = f" ({_end(source, max(LEAST_SOURCE, width - len(label) - 4))})"
+    else:
+        where = f" ({_end(source, room)})"
+    fits = not width or len(f"{label}{where}: {said}") <= width
+    return f"{label}{where}:{' ' if fits else chr(10) + '  '}{said}"
+
+
+def _end(source: str, width: int) -> str:
+    text = printable(source)
+    return text if len(text) <= width else ELLIPSIS + text[len(ELLIPSIS) - width :]
 
 
 def _statuses(result: Comparison, tuned: str) -> dict[str, int]:
@@ -161,49 +182,6 @@ def _bullet(sentence: str, encodable: _Encodable) -> Table:
     return grid
 
 
-def _sections(result: Comparison, labels: Sequence[str], out: Path | None) -> Iterator[tuple[str, list[str]]]:
-    """What follows the tables: a heading and its sentences each."""
-    findings = result.diagnosis()
-    for tuned in labels:
-        of = f": {tuned}" if len(labels) > 1 else ""
-        yield f"What fine-tuning did{of}", [finding.text for finding in findings if finding.tuned == tuned]
-    if len(labels) > 1:
-        yield "Between the models", [finding.text for finding in findings if finding.tuned not in labels]
-    for tuned in labels:
-        of = f": {tuned}" if len(labels) > 1 else ""
-        yield f"Not compared{of}", left_out_sentences(result, tuned)
-    yield "Notes", [str(note) for note in result.provenance.get("notes", [])]
-    if result.provenance.get("interrupted"):
-        yield "Interrupted", ["The work was stopped: matrices that were not reached are in no table."]
-    yield "Files", [_files(out)]
-
-
-def left_out_sentences(result: Comparison, tuned: str) -> list[str]:
-    """What was not compared: a sentence per reason with its count and a few names, the commonest reason first."""
-    reasons = summary.left_out(result, tuned)
-    sentences = [
-        f"{reason.text} - {counted(len(reason.names), 'tensor')}: {listed(reason.names)}"
-        for reason in reasons[:MOST_REASONS]
-    ]
-    rest = reasons[MOST_REASONS:]
-    if rest:
-        tensors = counted(sum(len(reason.names) for reason in rest), "tensor")
-        sentences.append(f"{tensors} for {counted(len(rest), 'other reason')}: see the table `unmatched`")
-    return sentences
-
-
-def _files(out: Path | None) -> str:
-    if out is None:
-        return "nothing was written: --out DIR keeps tables and pictures"
-    there = [name for name in FILES if (out / name).exists()]
-    pictures = len(list(out.glob("pictures/*.png")))
-    return (
-        f"{out}"
-        + (f": {', '.join(there)}" if there else "")
-        + (f", {counted(pictures, 'picture')}" if pictures else "")
-    )
-
-
 def to_json(result: Comparison, top: int = 15) -> dict[str, Any]:
     """The comparison for machines: what `print_comparison` says, with every column of `layers` for the `top` matrices.
 
@@ -265,13 +243,17 @@ def inspect_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         rows: name, shape (None where unknown), dtype, role, layer (None outside the blocks), part, bytes, and
             optionally note; a row per matrix, or per tensor that is none.
     """
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", show_footer=True, footer_style="bold")
+    table = Table(
+        box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", show_footer=True, footer_style="bold"
+    )
     total = sum(int(row["bytes"] or 0) for row in rows)
     table.add_column("tensor", counted(len({row["name"] for row in rows}), "tensor"), overflow="fold")
     table.add_column("shape", justify="right", no_wrap=True)
     table.add_column("dtype", no_wrap=True)
     table.add_column("bytes", size_in_words(total), justify="right", no_wrap=True)
-    table.add_column("role", matrices(sum(bool(row["role"]) for row in rows)), overflow="fold", max_width=24)
+    updates = sum(str(row.get("note", "")).startswith("low-rank update") for row in rows)
+    count = matrices(sum(bool(row["role"]) for row in rows)) if not updates else counted(updates, "low-rank update")
+    table.add_column("role", count, overflow="fold", max_width=24)
     for row in rows:
         shape = " x ".join(str(side) for side in row["shape"]) if row["shape"] is not None else "-"
         layer = "" if row["layer"] is None else f"layer {row['layer']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from numbers import Integral
 
 ELLIPSIS = "..."
 
@@ -49,26 +50,39 @@ def shorten(name: str, width: int) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """`value` in `digits` significant digits, without an exponent where a reader can do without; "-" for NaN.
 
+    A measure that happens to be whole keeps its digits, so that it can stand beside others; a count (an int) has none.
+
     >>> number(0.0921), number(1234.5), number(2.5e-7), number(float("nan"))
     ('0.0921', '1230', '2.5e-07', '-')
+    >>> number(1.0), number(1)
+    ('1.00', '1')
     """
     if value is None or math.isnan(value):
         return "-"
     if math.isinf(value) or value == 0:
         return f"{value:g}"
-    if value == int(value) and abs(value) < 1e6:
-        return f"{int(value)}"
+    if isinstance(value, Integral):
+        return f"{value}"
     rounded = float(f"{value:.{digits}g}")
     if 1e-4 <= abs(rounded) < 1e6:
         return f"{rounded:.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
     return f"{value:.{digits}g}"
 
 
+def count(value: float) -> float | int:
+    """The median of counts: a count where it is one, not where it lies between two.
+
+    >>> count(12.0), count(12.5)
+    (12, 12.5)
+    """
+    return int(value) if math.isfinite(value) and value == int(value) else value
+
+
 def percent(share: float | None) -> str:
     """A share as a percentage of two significant digits, three above 10%.
 
     >>> percent(0.00512), percent(0.984), percent(0.05), percent(1e-6)
-    ('0.51%', '98.4%', '5%', 'under 0.01%')
+    ('0.51%', '98.4%', '5.0%', 'under 0.01%')
     """
     if share is None or math.isnan(share):
         return "-"

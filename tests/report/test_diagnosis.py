@@ -12,6 +12,7 @@ import spectra
 from spectra.comparison import Comparison
 from spectra.report import summary
 from spectra.report.diagnosis import Finding
+from spectra.report.sections import left_out_sentences
 from spectra.report.wording import number, percent
 from tests.report.made_weights import changed, noise, weights
 
@@ -62,14 +63,14 @@ def test_depth_says_where(two: Comparison) -> None:
 def test_a_rescaled_model_is_called_so() -> None:
     base = weights()
     result = spectra.compare(base, {"shrunk": changed(base, lambda _, weight: 0.9 * weight)})
-    finding = about(result, "Changes of the singular values")
+    finding = about(result, "changes of the singular values")
     assert finding.numbers["diagonal_share"] == pytest.approx(1, abs=1e-5)
     assert "rescaling" in finding.text
     assert about(result, "mostly shrank").numbers["shrank_share"] == 1
 
 
 def test_a_random_update_is_called_chance(two: Comparison) -> None:
-    finding = about(two, "Changes of the singular values", "a")
+    finding = about(two, "changes of the singular values", "a")
     assert finding.numbers["diagonal_enrichment"] == pytest.approx(1, abs=0.3)
     assert "close to chance" in finding.text
 
@@ -154,6 +155,104 @@ def test_sparse_comparisons_have_sentences_or_none(odd: Comparison) -> None:
         assert "\x1b" not in finding.text
         if "failed" not in finding.numbers:  # which gives the reason, a NaN
             assert "nan" not in finding.text.lower()
+
+
+def rotated(size: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Two matrices before and after a rotation of their output space, which changes no singular value."""
+    generator = torch.Generator().manual_seed(4)
+    base = {f"l{i}.weight": torch.randn(128, 128, generator=generator) for i in range(2)}
+    K = torch.randn(128, 128, generator=generator)
+    Q = torch.linalg.matrix_exp(size * (K - K.T))
+    return base, {name: Q @ weight for name, weight in base.items()}
+
+
+@pytest.mark.parametrize("size", [0.001, 0.01, 0.03])
+def test_a_rotation_does_not_change_singular_values(size: float) -> None:
+    base, tuned = rotated(size)
+    result = spectra.compare(base, {"rotated": tuned})
+    assert result.layers["spectral_shift"].max() < 1e-6
+    text = about(result, "singular values moved by").text
+    assert "more than chance would have it" not in text
+    assert "were kept" in text or "were held" in text
+    assert not any("mostly shrank" in each.text or "weight decay" in each.text for each in result.diagnosis())
+
+
+def test_weight_decay_is_recognised_beneath_a_rotation() -> None:
+    base, tuned = rotated(0.01)
+    result = spectra.compare(base, {"both": {name: 0.9 * weight for name, weight in tuned.items()}})
+    finding = about(result, "mostly shrank")
+    assert finding.numbers["shrank_share"] == finding.numbers["negative_diagonal_share"] == 1
+    assert "weight decay" in finding.text
+
+
+def test_the_sign_of_a_change_is_that_of_the_singular_values() -> None:
+    """A rotation with a smaller growth: C_ii < 0 at second order, and yet every singular value grew."""
+    base, tuned = rotated(0.03)
+    result = spectra.compare(base, {"t": {name: 1.05 * weight for name, weight in tuned.items()}})
+    assert (result.components["diagonal"] < 0).mean() > 0.9
+    assert about(result, "mostly grew").numbers["grew_share"] == 1
+
+
+def test_a_fast_comparison_speaks_of_what_it_knows() -> None:
+    base, tuned = rotated(0.01)
+    result = spectra.compare(base, {"t": {name: 0.9 * weight for name, weight in tuned.items()}}, fast=True)
+    assert result.layers["spectral_shift"].isna().all()
+    finding = about(result, "mostly shrank")
+    assert finding.numbers["components"] == result.components["tuned_singular_value"].notna().sum() < 256
+    assert "leading components" in finding.text
+
+
+def test_what_is_all_zero_is_named_and_not_called_retrained() -> None:
+    base = weights()
+    tuned = changed(base, noise(0.05))
+    born, dead = "bert.encoder.layer.0.attention.self.query.weight", POOLER
+    base[born], tuned[dead] = torch.zeros(24, 24), torch.zeros(24, 24)
+    result = spectra.compare(base, {"t": tuned})
+    finding = about(result, "all zero")
+    assert finding.matrices == [born, dead]
+    others = [each for each in result.diagnosis() if each != finding]
+    assert not any({born, dead} & set(each.matrices) for each in others)
+    assert not any("retrained" in each.text or "trained anew" in each.text for each in others)
+    assert about(result, "of the base in norm over").numbers["relative_update"] < 0.06
+    assert about(result, "intruder dimension").numbers["matrices"] == len(base) - 2
+
+
+def test_each_failure_has_its_own_reason(two: Comparison) -> None:
+    layers = two.layers[two.layers["tuned"] == "a"].copy()
+    notes = ["'x' holds NaN", "'y' holds NaN", "no solver converged", "", "out of memory"]
+    layers.iloc[: len(notes), layers.columns.get_loc("status")] = "failed"
+    layers.iloc[: len(notes), layers.columns.get_loc("note")] = notes
+    result = dataclasses.replace(two, layers=layers, provenance={})
+    names = list(layers["name"])
+    finding = about(result, "could not be measured")
+    assert f"{names[0]}, {names[1]} ('x' holds NaN)" in finding.text
+    assert f"{names[2]} (no solver converged)" in finding.text
+    assert "1 other reason" in finding.text
+    assert [each.split(" - ")[0] for each in left_out_sentences(result, "a")] == ["failed: out of memory"]
+
+
+def test_an_adapter_is_not_called_trained_anew() -> None:
+    base = weights()
+    result = spectra.compare(base, {"new": weights(seed=5)})
+    adapter = dataclasses.replace(result, layers=result.layers.assign(update_form="low rank"))
+    text = about(adapter, "of the base in norm over").text
+    assert "more than the base itself" in text
+    assert "trained anew" not in text
+
+
+def test_a_finding_is_its_sentence(two: Comparison) -> None:
+    finding = two.diagnosis()[0]
+    assert str(finding) == finding.text
+
+
+def test_measures_keep_their_digits_and_counts_have_none() -> None:
+    assert [number(1.0), number(0.9999), number(5.0, 2), number(12), percent(0.05)] == [
+        "1.00",
+        "1.00",
+        "5.0",
+        "12",
+        "5.0%",
+    ]
 
 
 def test_real_weights(real: Comparison) -> None:

@@ -140,6 +140,58 @@ def test_wrong_names_are_answered_with_close_ones(two: Comparison) -> None:
         two.plot.energy("block")
 
 
+@pytest.mark.parametrize(
+    "name", [NAME, NAME.removesuffix(".weight"), "layer.3.intermediate.dense", "3.intermediate.dense.weight"]
+)
+def test_an_end_of_a_name_is_enough(two: Comparison, name: str) -> None:
+    ax = two.plot.profile(name)
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), rows(two, "a")["stability"])
+    assert len(two.plot.slices(name).containers[0]) == len(two.plot.slices(NAME).containers[0])
+
+
+def test_an_end_that_several_names_have_is_refused_with_them(two: Comparison) -> None:
+    with pytest.raises(SpectraError, match=r"end of 4 names \(.*layer\.0\.intermediate.*layer\.1\.intermediate"):
+        two.plot.profile("intermediate.dense")
+    with pytest.raises(SpectraError, match="closest"):  # an end begins after a dot
+        two.plot.profile("ntermediate.dense.weight")
+
+
+@pytest.mark.parametrize("draw", EVERY_PLOT)
+def test_titles_have_two_lines(two: Comparison, draw: Callable[..., Axes]) -> None:
+    assert draw(two.plot, None).get_title(loc="left").count("\n") <= 1
+    narrow = Figure(figsize=(3.4, 2.6), layout="constrained").add_subplot()
+    assert draw(two.plot, narrow).get_title(loc="left").count("\n") <= 2
+
+
+def test_the_profile_says_what_its_marks_are(two: Comparison) -> None:
+    ax = two.plot.profile(NAME)
+    legend = ax.get_legend()
+    said = {text.get_text(): line for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)}
+    (squares,) = (line for text, line in said.items() if "one component" in text)
+    (dashed,) = (line for text, line in said.items() if "running mean" in text)
+    assert squares.get_marker() == "s"
+    assert dashed.get_linestyle() == "--"
+
+
+def test_labels_use_the_symbols_of_the_definitions(two: Comparison) -> None:
+    for draw in EVERY_PLOT:
+        ax = draw(two.plot, None)
+        legend = ax.get_legend()
+        texts = [
+            ax.get_xlabel(),
+            ax.get_ylabel(),
+            *(text.get_text() for text in (legend.get_texts() if legend else ())),
+        ]
+        assert not any("sigma" in text for text in texts)
+
+
+def test_the_energy_picture_says_first_order_and_random(two: Comparison) -> None:
+    ax = two.plot.energy("role")
+    assert "to first order" in ax.get_title(loc="left")
+    assert ax.texts
+    assert all(text.get_text().endswith("x random") for text in ax.texts)
+
+
 def test_matrices_without_components_say_why(failing: Comparison) -> None:
     with pytest.raises(SpectraError, match="unchanged"):
         failing.plot.profile("bert.encoder.layer.0.attention.self.query.weight")

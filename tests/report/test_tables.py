@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_untrusted_names_do_not_act(failing: Comparison) -> None:
 def test_what_failed_and_what_is_missing_is_told(failing: Comparison) -> None:
     text = " ".join(printed(failing, 200).split())
     assert "21 matrices compared, 1 unchanged, 1 failed" in text
-    assert "failed: " in text
+    assert "could not be measured" in text
     assert "gone.weight" in text
     assert "missing" in text
 
@@ -132,6 +133,36 @@ def test_files_are_listed_where_they_are(two: Comparison, tmp_path: Path) -> Non
     assert str(tmp_path) in text
     assert "layers.parquet" in text
     assert "--out" in printed(two).split("Files")[1]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_heading_is_not_broken_inside_its_counts(failing: Comparison, width: int) -> None:
+    source = {"source": "/a/folder/with/a/long/path/to/the/models/of/somebody/else/and/a/name"}
+    provenance = {**failing.provenance, "tuned": {"[bold]t<b>": source}}
+    lines = printed(dataclasses.replace(failing, provenance=provenance), width).splitlines()
+    (counts,) = (line for line in lines if "matrices compared" in line)
+    assert counts.endswith("21 matrices compared, 1 unchanged, 1 failed")
+    assert "[bold]t<b> (..." in lines[0]
+
+
+def test_piped_lines_end_where_their_text_does(two: Comparison) -> None:
+    text = printed(two, 100)
+    assert text.splitlines() == [line.rstrip() for line in text.splitlines()]
+    assert printed(two, 100, colour=True)  # a terminal gets its colours as they are
+
+
+def test_a_note_of_several_models_is_printed_once(two: Comparison) -> None:
+    notes = ["a: turned", "b: turned", "b: of b alone", "base: turned"]
+    text = printed(dataclasses.replace(two, provenance={**two.provenance, "notes": notes})).split("Notes")[1]
+    assert [line.strip(" -") for line in text.splitlines()[1:4]] == ["a, b: turned", "b: of b alone", "base: turned"]
+
+
+def test_inspect_counts_the_updates_of_an_adapter() -> None:
+    row = {"shape": [8, 8], "dtype": "float32", "bytes": 64, "role": "", "layer": None, "part": ""}
+    rows = [{**row, "name": f"{at}.weight", "note": "low-rank update, r = 2"} for at in range(3)]
+    stream = io.StringIO()
+    Console(file=stream, width=120, color_system=None).print(inspect_table(rows))
+    assert "3 low-rank updates" in " ".join(stream.getvalue().splitlines()[-1].split())
 
 
 def test_an_interruption_is_told(two: Comparison) -> None:
