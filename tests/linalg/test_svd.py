@@ -118,7 +118,7 @@ def test_long_sides_that_are_read_in_pieces(m: int, n: int, dtype: torch.dtype, 
 def test_weights_that_are_not_finite_are_refused_and_counted(value: float, dtype: torch.dtype) -> None:
     W = torch.ones(4, 6, dtype=dtype)
     W[1, 2] = W[3, 0] = value
-    with pytest.raises(SpectraError, match=f"2 {'NaN' if value != value else 'infinite'} of 24 entries"):
+    with pytest.raises(SpectraError, match=f"2 {'NaN' if value != value else 'infinite'} among its 24 entries"):
         svd(W)
 
 
