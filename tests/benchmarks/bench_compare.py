@@ -70,6 +70,7 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for side, (command, environment) in sides.items():
                 rounds[side].append(measured(command, environment))
+                print(f"{side}: {rounds[side][-1][0]:.2f} CPU s, {rounds[side][-1][1]:.2f} s", file=sys.stderr)
     medians = {side: [statistics.median(column) for column in zip(*runs, strict=True)] for side, runs in rounds.items()}
     print(f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}")
     print(
