@@ -7,8 +7,7 @@ from torch import Tensor
 
 from spectra.linalg.lapack import LapackError
 from spectra.linalg.products import matmul, product64
-from spectra.linalg.svd import GRAM, TAIL, Spectrum, certify, gram_certified, svd
-from spectra.linalg.symmetric import reduce_symmetric
+from spectra.linalg.svd import GRAM, TAIL, Spectrum, certified_reduction, svd
 
 FEW = 0.4  # above this share of all components the whole decomposition is the cheaper way
 
@@ -36,10 +35,7 @@ def singular_slice(W: Tensor, start: int, rank: int) -> Spectrum:
         return _cut(W, start, stop)
     A = (W if m <= n else W.T).float()
     try:
-        G, trace, squared_norm = gram_certified(A)
-        reduced = reduce_symmetric(G)
-        squared = reduced.values()
-        certify(squared, trace, squared_norm)
+        reduced, squared = certified_reduction(A)
         if not squared[stop - 1] > TAIL**2 * squared[0]:
             return _cut(W, start, stop)
         rough = reduced.vectors_between(start, stop)[1]  # (p, rank)

@@ -18,7 +18,7 @@ from torch import Tensor
 from spectra.errors import SpectraError
 from spectra.linalg.lapack import LapackError
 from spectra.linalg.products import CHUNK, gram, matmul, product64
-from spectra.linalg.symmetric import reduce_symmetric
+from spectra.linalg.symmetric import Eigen, reduce_symmetric
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,6 +102,18 @@ def gram_certified(A: Tensor) -> tuple[Tensor, float, float]:
         raise NotFiniteError(f"{describe_not_finite(A)}: it has no singular values")
     squared_norm = 2 * float(torch.linalg.vector_norm(G)) ** 2 - float(torch.linalg.vector_norm(diagonal)) ** 2
     return G, trace, squared_norm
+
+
+def certified_reduction(A: Tensor) -> tuple[Eigen, Tensor]:
+    """The reduced Gram matrix of A (p x q), to ask for vectors, and its eigenvalues, descending and certified.
+
+    Raises NotFiniteError where A is not finite, LapackError where the eigenvalues do not add up.
+    """
+    G, trace, squared_norm = gram_certified(A)
+    reduced = reduce_symmetric(G)
+    values = reduced.values()
+    certify(values, trace, squared_norm)
+    return reduced, values
 
 
 def certify(eigenvalues: Tensor, trace: float, squared_norm: float) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from spectra.linalg.lapack import LapackError
 from spectra.linalg.lowrank import LowRank
 from spectra.linalg.products import CHUNK, gram, matmul, product64
-from spectra.linalg.svd import GRAM, TAIL, certify, gram_certified, svd
+from spectra.linalg.svd import GRAM, TAIL, certified_reduction, gram_certified, svd
 from spectra.linalg.symmetric import Eigen, reduce_symmetric
 
 VALUES_TAIL = 1e-5  # values under VALUES_TAIL * s_0 lose more than 1e-10 s_0 to squaring and are computed again
@@ -55,10 +55,7 @@ def leading_triplets(W: Tensor, count: int) -> Triplets:
         return _from_full_svd(W, count)
     A = (W if m <= n else W.T).float()
     try:
-        G, trace, squared_norm = gram_certified(A)
-        reduced = reduce_symmetric(G)
-        squared = reduced.values()
-        certify(squared, trace, squared_norm)
+        reduced, squared = certified_reduction(A)
         S = _singular_values(A, reduced, squared)
         if S[count - 1] <= TAIL * S[0]:
             return _from_full_svd(W, count)
