@@ -141,7 +141,7 @@ class _Base:
 
 def _outcome(label: str, pair: Pair, base: _Base, settings: Settings) -> Outcome:
     tuned = base.stored if pair.is_untouched else pair.load_tuned()
-    if isinstance(tuned, Tensor) and tuned.dtype == base.stored.dtype and torch.equal(tuned, base.stored):
+    if isinstance(tuned, Tensor) and _identical(tuned, base.stored):
         norm = float(torch.linalg.vector_norm(base.stored.double()))
         if not isfinite(norm):  # equal infinities are no weights
             raise _not_finite(base.stored, pair.matrix.tensor, pair.base.source)
@@ -173,6 +173,14 @@ def _outcome(label: str, pair: Pair, base: _Base, settings: Settings) -> Outcome
     zero = [side for side in ("base", "tuned") if measured.layer[f"spectral_norm_{side}"] == 0]
     note = "; ".join(filter(None, (pair.note, *(f"the {side} weight is all zero" for side in zero))))
     return Outcome(label, pair, "compared", note, measured)
+
+
+def _identical(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype:
+        return False
+    if one.dtype.itemsize == 1:  # torch compares no float8 tensor with itself
+        one, other = one.view(torch.uint8), other.view(torch.uint8)
+    return torch.equal(one, other)
 
 
 def _on(device: torch.device, weight: Tensor) -> Tensor:

@@ -303,6 +303,16 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] < 50
 
 
+def test_float8_weights_are_compared_also_with_themselves() -> None:
+    generator = torch.Generator().manual_seed(6)
+    base = {"fc.weight": torch.randn(16, 24, generator=generator).to(torch.float8_e4m3fn)}
+    tuned = {"fc.weight": torch.randn(16, 24, generator=generator).to(torch.float8_e4m3fn)}
+    assert spectra.compare(base, base).layers.status.tolist() == ["unchanged"]
+    row = spectra.compare(base, tuned).layers.iloc[0]
+    D = tuned["fc.weight"].double() - base["fc.weight"].double()
+    assert row.update_norm == pytest.approx(float(torch.linalg.norm(D)), rel=1e-6)
+
+
 def test_an_adapter_is_no_base(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = torch.nn.ModuleDict({"up": torch.nn.Linear(8, 8)})
