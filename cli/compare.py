@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .options import AsJson, Exclude, Include, Quiet, Transposed, Workers
 from .output import check_writable, finish
 from .progress import progress_bar
 
@@ -37,17 +38,9 @@ def compare(
         Path | None,
         typer.Option(help="Write tables (Parquet), comparison.json, pictures and report.html into this folder."),
     ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(help="Only matrices whose name fits this glob, such as '*.attention.*'. May be repeated."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="No matrices whose name fits this glob. May be repeated.")
-    ] = None,
-    transposed: Annotated[
-        list[str] | None,
-        typer.Option(help="Globs of the tensors stored (in x out), instead of what config, names and shapes tell."),
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    transposed: Transposed = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     dtype: Annotated[
         Precision, typer.Option(help="Precision of the products; auto is float32, float64 where the weights are.")
@@ -63,7 +56,7 @@ def compare(
         bool,
         typer.Option("--fast", help="Iterate leading triplets only: no ranks of dense updates, no spectral shift."),
     ] = False,
-    workers: Annotated[int | None, typer.Option(help="Matrices at a time; by default one a core.", min=1)] = None,
+    workers: Workers = None,
     cache: Annotated[
         Path | None,
         typer.Option(help="Keep the base's spectra in this folder: later runs with this base skip its SVD."),
@@ -73,8 +66,8 @@ def compare(
     ] = 20,
     top: Annotated[int, typer.Option(help="How many of the most changed matrices the table shows.", min=1)] = 15,
     pictures: Annotated[bool, typer.Option(help="Whether --out gets pictures and report.html.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Hold tuned checkpoints against their base, matrix by matrix, in the base's own singular basis.
 

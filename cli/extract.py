@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from .options import AsJson, Exclude, Include, Quiet, Transposed, Workers
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -47,25 +48,17 @@ def extract(
     energy: Annotated[
         float | None, typer.Option(help="Truncate every update to the least rank with this share of its energy.")
     ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(help="Only matrices whose name fits this glob, such as '*.attention.*'. May be repeated."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="No matrices whose name fits this glob. May be repeated.")
-    ] = None,
-    transposed: Annotated[
-        list[str] | None,
-        typer.Option(help="Globs of the tensors stored (in x out), instead of what config, names and shapes tell."),
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    transposed: Transposed = None,
     names: Annotated[
         Side, typer.Option(help="Whose module names the adapter bears, where base and tuned differ by a prefix.")
     ] = Side.base,
     dtype: Annotated[FactorType, typer.Option(help="Dtype of the written factors.")] = FactorType.float32,
-    workers: Annotated[int | None, typer.Option(help="Matrices at a time; by default one a core.", min=1)] = None,
+    workers: Workers = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is in the folder.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write what fine-tuning did as a LoRA adapter of the base, in PEFT's format.
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .options import AsJson
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -19,7 +21,7 @@ def inspect(
     checkpoint: Annotated[
         str, typer.Argument(help="A checkpoint file, a model folder, an adapter folder, or a cached hub id.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the tensors of a checkpoint: shapes, dtypes, roles, bytes, and what is no weight matrix and why.
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .options import AsJson
 from .output import finish
 
 
@@ -18,7 +19,7 @@ def register(app: typer.Typer) -> None:
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `spectra compare --out` wrote.")],
     top: Annotated[int, typer.Option(help="How many of the most changed matrices the table shows.", min=1)] = 15,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the table.")] = False,
+    as_json: AsJson = False,
     pictures: Annotated[bool, typer.Option(help="Whether to draw the pictures and report.html again.")] = True,
 ) -> None:
     """Show a saved comparison again, and redraw its pictures. Needs none of the checkpoints."""

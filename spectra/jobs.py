@@ -84,7 +84,8 @@ class Job:
     def cost(self) -> int:
         """Flops, roughly: what orders the jobs and moves the progress bar."""
         short, long = sorted((self.matrix.rows, self.matrix.columns))
-        return short * short * (long + 4 * short) * (1 + len(self.pairs)) + 10_000
+        updates = sum(not pair.is_untouched for _, pair in self.pairs)
+        return (short * short * (long + 4 * short) * (1 + updates) if updates else short * long) + 10_000
 
     def run(self, settings: Settings) -> list[Outcome]:
         """Load, decompose the base once, measure every update. What fails here fails alone and says why."""

@@ -119,6 +119,8 @@ def _factored(base: Spectrum, D: LowRank, slices: int, top: int, fast: bool) -> 
     try:
         triplets = perturbed_triplets(base, D, top, iterate=fast)
     except LapackError:
+        if not fast:
+            raise
         triplets = perturbed_triplets(base, D, top)
     return triplets, decompose(base, D, slices, rotation=not fast), _padded(singular_values(D), len(base.S), 0.0)
 
