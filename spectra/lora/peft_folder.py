@@ -9,17 +9,20 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spectra.checkpoints import Adapter, open_checkpoint
 from spectra.errors import SpectraError
 from spectra.linalg.lowrank import LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-OF_AN_ADAPTER = frozenset({CONFIG, WEIGHTS, "adapter_model.bin", "README.md"})
+RECORD = "spectra_slices.json"  # what `load_adapter` needs beside them
+OF_AN_ADAPTER = frozenset({CONFIG, WEIGHTS, RECORD, "adapter_model.bin", "README.md"})
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
@@ -62,19 +65,35 @@ def write_adapter(
         base_model: the base's path or hub id, for `AutoPeftModel`.   architectures: those of its config.
     Raises: SpectraError where the disk is full or what was read back differs.
     """
-    from safetensors.torch import save_file
-
     tensors = {
-        f"base_model.model.{module}.lora_{side}.weight": factor.contiguous()
+        f"base_model.model.{module}.lora_{side}.weight": factor
         for module, update in factors.items()
         for side, factor in (("A", update.A), ("B", update.B))
     }
-    config = _config(factors, others, is_transposed, base_model, architectures)
+    put_adapter(folder, tensors, _config(factors, others, is_transposed, base_model, architectures), factors)
+
+
+def put_adapter(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    updates: Mapping[str, LowRank],
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Write tensors under PEFT's names, adapter_config.json and perhaps our own record as one folder.
+
+    Args: updates: module -> D, what the folder must read back as.   Raises: as `write_adapter`.
+    """
+    from safetensors.torch import save_file
+
     try:
-        with _replacing_folder(folder) as temporary:
-            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-            (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            _check(temporary, factors)
+        with replacing_folder(folder) as temporary:
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, temporary / WEIGHTS, metadata={"format": "pt"})
+            for name, content in ((CONFIG, config), (RECORD, record)):
+                if content is not None:
+                    (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            _check(temporary, updates)
     except OSError as error:
         raise SpectraError(
             f"cannot write the adapter to {folder}: {error.strerror or error}; free some space or choose another folder"
@@ -90,15 +109,8 @@ def _config(
 ) -> dict[str, Any]:
     """adapter_config.json. PEFT takes names for endings of modules' names, and patterns for regular expressions."""
     every = {*factors, *others}
-
-    def pattern(module: str) -> str:
-        # `fc` would also mean `layer.fc`.
-        anchor = "^" if any(other.endswith(f".{module}") for other in every) else ""
-        return anchor + re.escape(module)
-
-    ranks = {pattern(module): update.rank for module, update in factors.items()}
+    ranks = {pattern_of(module, every): update.rank for module, update in factors.items()}
     most = max(ranks.values())
-    means_others = any(other.endswith(f".{module}") for module in factors for other in others)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if any(_CAUSAL.search(name) for name in architectures) else None,
@@ -108,7 +120,7 @@ def _config(
         "lora_alpha": most,
         "rank_pattern": ranks,
         "alpha_pattern": ranks,
-        "target_modules": "|".join(map(re.escape, factors)) if means_others else list(factors),
+        "target_modules": targets_of(factors, others),
         "fan_in_fan_out": is_transposed,
         "bias": "none",
         "lora_dropout": 0.0,
@@ -118,18 +130,32 @@ def _config(
     }
 
 
+def pattern_of(module: str, every: Collection[str]) -> str:
+    """The regular expression by which a rank_pattern means this module and no other of the model."""
+    # `fc` would also mean `layer.fc`.
+    anchor = "^" if any(other.endswith(f".{module}") for other in every) else ""
+    return anchor + re.escape(module)
+
+
+def targets_of(modules: Collection[str], others: Collection[str]) -> str | list[str]:
+    """The target_modules that mean exactly these: their names, a regular expression where a name ends another's."""
+    means_others = any(other.endswith(f".{module}") for module in modules for other in others)
+    return "|".join(map(re.escape, modules)) if means_others else list(modules)
+
+
 def _check(folder: Path, factors: Mapping[str, LowRank]) -> None:
-    """Raise `SpectraError` unless the folder reads as an adapter of exactly these factors, of scaling 1."""
+    """Raise `SpectraError` unless the folder reads as an adapter of exactly these updates."""
     adapter = open_checkpoint(folder)
     assert isinstance(adapter, Adapter)
     for module, written in factors.items():
         read = adapter.update(f"{module}.weight")
-        if read.c != 1.0 or not (torch.equal(read.A, written.A) and torch.equal(read.B, written.B)):
+        same = torch.equal(read.A, written.A) and torch.equal(read.B, written.B)
+        if not (same and isclose(read.c, written.c, rel_tol=1e-12)):
             raise SpectraError(f"the factors of {module!r} read back otherwise than they were written; check the disk")
 
 
 @contextmanager
-def _replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder` that takes its place when the block ends well, and else vanishes.
 
     A folder cannot be replaced in one step: the old one is moved aside first, and back where the second step fails.
