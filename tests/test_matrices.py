@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from spectra.checkpoints import TensorInfo
 from spectra.linalg.lowrank import LowRank
 from spectra.matrices import ROLES, Matrix, RowBlocks, find_matrices
+from spectra.matrices.finding import _NOT_WEIGHTS
+from spectra.matrices.roles import _IN_BLOCKS, _OUTSIDE_BLOCKS, _TABLE, role_of
+from spectra.pairing.spelling import _SPELLINGS
 
 Roles = dict[str, str]
 
@@ -132,6 +136,32 @@ def test_vit_patches_and_positions() -> None:
     positions = matrices["vit.embeddings.position_embeddings"]
     assert (positions.role, positions.rows, positions.columns) == ("position_embedding", 5, 16)
     assert not any("cls_token" in name for name in matrices)
+
+
+def test_no_rule_reads_which_number_stands_between_two_dots() -> None:
+    """What lets one name answer for all blocks and experts: `layers.3.` and `layers.7.` are the same to every rule."""
+    patterns = [
+        pattern.pattern for table in (_TABLE, _IN_BLOCKS, _OUTSIDE_BLOCKS, _NOT_WEIGHTS) for pattern, _ in table
+    ]
+    patterns += [pattern.pattern for pattern, _ in _SPELLINGS]
+    numbers = re.compile(r"(?:^|\\\.|\))(?:\d+|\[[^]]*\d[^]]*\])(?:\\\.|\()")  # a digit or a class of them, then a dot
+    assert len(patterns) > 50 and not [pattern for pattern in patterns if numbers.search(pattern)]
+    assert numbers.search(r"(^|\.)layers\.0\.weight$") and numbers.search(r"layers\.[01]\.weight$")
+
+
+@pytest.mark.parametrize("end", ["mlp.{}.weight", "to_out.{}.weight", "mlp.experts.{}.w1.weight", "fc{}.weight"])
+def test_a_role_is_what_the_name_alone_says_whichever_name_came_before(end: str) -> None:
+    """Roles are remembered by family; a number at the end is no block's."""
+    expected = {
+        "mlp.{}.weight": ["mlp_up", "other", "mlp_down", "mlp_down"],
+        "to_out.{}.weight": ["attention_output", "other", "other", "other"],
+        "mlp.experts.{}.w1.weight": ["mlp_gate"] * 4,
+        "fc{}.weight": ["other", "mlp_up", "mlp_down", "other"],
+    }[end]
+    for order in (range(4), reversed(range(4))):
+        names = {number: f"blocks.{9 - number}.{end.format(number)}" for number in order}
+        roles = {number: role_of(name, is_kernel=False, is_in_block=True) for number, name in names.items()}
+        assert [roles[number] for number in range(4)] == expected
 
 
 def test_roles_are_of_the_vocabulary_and_names_are_unique() -> None:
@@ -561,6 +591,19 @@ def test_contiguous_parts_are_views() -> None:
     assert all(matrix.extract(stored).data_ptr() != 0 for matrix in matrices)
     storage = stored.untyped_storage().data_ptr()
     assert {matrix.extract(stored).untyped_storage().data_ptr() for matrix in matrices} == {storage}
+
+
+@given(fused_tensors())
+def test_a_part_lies_in_its_place_alone_unless_rows_are_interleaved(
+    fused: tuple[dict[str, TensorInfo], dict[str, Any], str],
+) -> None:
+    tensors, config, name = fused
+    stored = torch.arange(prod(tensors[name].shape)).view(tensors[name].shape)
+    for matrix in find_matrices(tensors, config)[0]:
+        part = stored[matrix.place]
+        assert torch.equal(matrix.arrange(part), matrix.extract(stored))
+        assert matrix.block is not None
+        assert part.numel() == (stored.numel() if matrix.block.groups > 1 else matrix.rows * matrix.columns)
 
 
 def test_a_tensor_of_another_shape_is_refused() -> None:

@@ -35,12 +35,24 @@ class TensorInfo:
         return prod(self.shape) * self.dtype.itemsize
 
 
+Index = tuple[int | slice, ...]
+"""What is asked of a tensor, dimension by dimension from the first: `tensor[index]`, with slices that run forwards."""
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A tensor and the way to it. `load` may be called from any thread, any number of times."""
+    """A tensor and the way to it. `load` and `part` may be called from any thread, any number of times.
+
+    `load_part` loads `tensor[index]` at the cost of that part; None where it costs as much as the whole.
+    """
 
     info: TensorInfo
     load: Callable[[], Tensor]
+    load_part: Callable[[Index], Tensor] | None = None
+
+    def part(self, index: Index) -> Tensor:
+        """`load()[index]`, of which no more is read than need be."""
+        return self.load()[index] if self.load_part is None else self.load_part(index)
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,18 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._entries[name].load()
+
+    def part(self, name: str, index: Index) -> Tensor:
+        """`self[name][index]`, of which only the bytes from the part's first element to its last are read.
+
+        One expert of a stack, or one of q | k | v, so costs its own size and not that of the tensor that holds it.
+
+        >>> from spectra.checkpoints import open_checkpoint
+        >>> stack = open_checkpoint({"experts.down_proj": torch.arange(24.0).reshape(2, 3, 4)})
+        >>> stack.part("experts.down_proj", (1, slice(0, 2))).shape
+        torch.Size([2, 4])
+        """
+        return self._entries[name].part(index)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

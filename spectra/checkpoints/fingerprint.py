@@ -68,6 +68,7 @@ def _of_tensors(checkpoint: Checkpoint) -> tuple[str, int]:
 def _add(digest: hashlib._Hash, name: str, tensor: Tensor) -> int:
     digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode(errors="surrogatepass"))
     if tensor.numel():
-        # NumPy knows no bfloat16, but bytes of any dtype.
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        # NumPy knows no bfloat16, but bytes of any dtype. A single element counts as contiguous with any stride.
+        flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return tensor.numel() * tensor.itemsize

@@ -171,10 +171,13 @@ OTHER_LORA_KEYS = re.compile(
     r"^lora_(unet|te\d?)_|\.lora_(down|up)\.weight$|_lora\.(down|up)\.weight$|\.lora\.(down|up)\.weight$|\.(hada|lokr)_w\d"
 )
 
+# What each of those names, and of the others below, holds: nearly all names are passed over by it.
+IN_FOREIGN_KEYS = ("lora", "hada_w", "lokr_w", "flat_param")
+
 
 def foreign_keys(names: Iterable[str]) -> str | None:
     """Name and remedy of a foreign format that shows in the tensors' names alone."""
-    every = list(names)
+    every = [name for name in names if any(word in name for word in IN_FOREIGN_KEYS)]
     if any(OTHER_LORA_KEYS.search(name) for name in every):
         return _sentence(
             "a LoRA file of kohya or diffusers",

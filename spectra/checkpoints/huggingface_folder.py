@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -84,7 +85,8 @@ def open_index(index: Path) -> Checkpoint:
             if tensor not in placed:
                 elsewhere.append(tensor)
                 entries.setdefault(tensor, shard.entry(tensor))
-    repeated = [tensor for tensor in entries if sum(tensor in shard for shard in shards.values()) > 1]
+    times = Counter(tensor for shard in shards.values() for tensor in shard)
+    repeated = [tensor for tensor in entries if times[tensor] > 1]
     if elsewhere:
         notes.append(f"{listed(elsewhere)} taken from the shards, though not in the index")
     if repeated:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spectra.checkpoints.checkpoint import Checkpoint, CheckpointError, Entry, TensorInfo
+from spectra.checkpoints.checkpoint import Checkpoint, CheckpointError, Entry, Index, TensorInfo
 from spectra.checkpoints.containers import find_state_dict
 
 # Tensor classes of other libraries whose elements are not the weight: by class name, or by the package's name.
@@ -51,8 +52,14 @@ def _open_tensors(content: Mapping[str, Any], source: str, *, config: Mapping[st
         if tensor.numel() and first_names.setdefault(identity, name) != name:
             tied[name] = first_names[identity]
             continue
-        entries[name] = Entry(TensorInfo(name, tuple(tensor.shape), tensor.dtype), tensor.cpu)
+        info = TensorInfo(name, tuple(tensor.shape), tensor.dtype)
+        entries[name] = Entry(info, tensor.cpu, partial(_part, tensor))
     return Checkpoint(source, entries, config=config, tied=tied, refused=refused, notes=notes)
+
+
+def _part(tensor: Tensor, index: Index) -> Tensor:
+    """A view on the CPU; from another device only the part is copied."""
+    return tensor[index].cpu()
 
 
 def _unusable(tensor: Tensor) -> str | None:

@@ -111,7 +111,7 @@ def _under_base_names(whole: Mapping[str, Entry], adapter_names: Iterable[str]) 
         for adapter in adapter_names:
             name = name.replace(f".modules_to_save.{adapter}.", ".")
         name = _without_wrapper(name.replace(".modules_to_save.", "."))
-        renamed[name] = Entry(replace(entry.info, name=name), entry.load)
+        renamed[name] = replace(entry, info=replace(entry.info, name=name))
     return renamed
 
 

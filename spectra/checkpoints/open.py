@@ -21,6 +21,7 @@ from spectra.checkpoints.adapter_folder import (
     open_peft_model,
 )
 from spectra.checkpoints.checkpoint import Adapter, Checkpoint, CheckpointError
+from spectra.checkpoints.collector import paused_collector
 from spectra.checkpoints.foreign import foreign_keys
 from spectra.checkpoints.huggingface_folder import (
     INDEX,
@@ -41,6 +42,7 @@ from spectra.checkpoints.wording import listed, quoted, shown
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+@paused_collector()
 def open_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any] | nn.Module | Checkpoint) -> Checkpoint:
     """Open a checkpoint: headers only, then one tensor at a time.
 

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ FLOAT8 = {
 }
 # Packed weights are bytes or 32-bit words. Other integers under the name of a weight are a table or an index.
 NEVER_PACKED = {torch.int16, torch.uint16, torch.int64, torch.uint64}
-INTEGERS = {torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64}
+PACKABLE = {torch.int8, torch.uint8, torch.int32, torch.uint32}
+INTEGERS = PACKABLE | NEVER_PACKED
 
 # quantization_config.quant_method, as written in config.json, to the scheme's usual name.
 METHODS = {
@@ -97,7 +99,7 @@ def packed_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any])
     found: dict[str, str] = {}
     packed_below: dict[str, str] = {}
     for module, leaves in modules.items():
-        scheme = _scheme_of(leaves)
+        scheme = _scheme_of(frozenset(leaves), leaves["weight"].dtype if "weight" in leaves else None)
         if scheme:
             found |= {info.name: method or scheme for leaf, info in leaves.items() if leaf not in NOT_PACKED}
         below = next((BELOW_THE_WEIGHT[leaf] for leaf in leaves if leaf in BELOW_THE_WEIGHT), None)
@@ -107,7 +109,9 @@ def packed_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any])
         if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in tensors:
             twins = (name, name.removesuffix("_blocks") + "_scales")
             found |= dict.fromkeys(twins, method or "MXFP4")
-        elif below := next((packed_below[above] for above in _itself_and_above(name) if above in packed_below), None):
+        elif packed_below and (
+            below := next((packed_below[above] for above in _itself_and_above(name) if above in packed_below), None)
+        ):
             found[name] = below
         elif name not in found and _is_packed_weight(info, method):
             found[name] = method or f"an integer scheme without scales ({_short(info.dtype)})"
@@ -142,20 +146,19 @@ def _method(config: Mapping[str, Any]) -> str | None:
     )
 
 
-def _scheme_of(leaves: Mapping[str, TensorInfo]) -> str | None:
-    dtype = leaves["weight"].dtype if "weight" in leaves else None
-    fitting = (scheme.name for scheme in SCHEMES if scheme.companions <= leaves.keys() and scheme.fits(dtype))
-    return next(fitting, None)
+@lru_cache(1024)
+def _scheme_of(leaves: frozenset[str], weight: torch.dtype | None) -> str | None:
+    """The scheme of a module with these leaves: there are few kinds of modules, and many of each."""
+    return next((scheme.name for scheme in SCHEMES if scheme.companions <= leaves and scheme.fits(weight)), None)
 
 
 def _is_packed_weight(info: TensorInfo, method: str | None) -> bool:
-    if not _is_called_weight(info) or info.dtype in NEVER_PACKED:
-        return False
-    return info.dtype in INTEGERS or (method is not None and info.dtype in FLOAT8)
+    may_be = info.dtype in PACKABLE or (method is not None and info.dtype in FLOAT8)
+    return may_be and _is_called_weight(info)
 
 
 def _is_table(info: TensorInfo) -> bool:
-    return _is_called_weight(info) and info.dtype in NEVER_PACKED
+    return info.dtype in NEVER_PACKED and _is_called_weight(info)
 
 
 def _is_called_weight(info: TensorInfo) -> bool:

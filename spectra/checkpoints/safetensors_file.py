@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -42,6 +43,7 @@ DTYPES = {
 }
 # Narrower than a byte: torch has no such element, so they are listed as refused and not as weights.
 PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | PACKED_BITS
 
 
 def open_safetensors_file(path: Path) -> Checkpoint:
@@ -65,7 +67,7 @@ def open_safetensors_file(path: Path) -> Checkpoint:
             )
             continue
         stored = StoredTensor(file, name, data_start + start, stop - start, DTYPES[dtype], shape)
-        entries[name] = Entry(TensorInfo(name, shape, DTYPES[dtype]), stored.load)
+        entries[name] = Entry(TensorInfo(name, shape, DTYPES[dtype]), stored.load, stored.load_part)
     _check_ranges(path, ranges, file.size - data_start)
     return Checkpoint(shown(path), entries, files=(path,), refused=refused)
 
@@ -107,13 +109,12 @@ def _header(file: StoredFile) -> tuple[dict[str, Any], int]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in unique:
-            raise ValueError(f"the key {quoted(key)} appears twice")
-        # Lone surrogates are valid to Python's parser, but are no text that could be printed or stored.
-        key.encode("utf-8")
-        unique[key] = value
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"the key {quoted(twice)} appears twice")
+    # Lone surrogates are valid to Python's parser, but are no text that could be printed or stored.
+    "".join(unique).encode("utf-8")
     return unique
 
 
@@ -130,14 +131,14 @@ def _described(path: Path, name: str, described: Any) -> tuple[str, tuple[int, .
     if not isinstance(described, Mapping) or not {"dtype", "shape", "data_offsets"} <= described.keys():
         raise damaged("is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES.keys() | PACKED_BITS.keys():
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise damaged(f"has the unknown dtype {quoted(dtype)}")
     if not _are_sizes(shape):
         raise damaged(f"has the impossible shape {quoted(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise damaged(f"has the impossible data_offsets {quoted(offsets)}")
     start, stop = offsets
-    bits = PACKED_BITS[dtype] if dtype in PACKED_BITS else DTYPES[dtype].itemsize * 8
+    bits = BITS[dtype]
     if prod(size for size in shape if size) * bits >= 1 << 63:
         raise damaged(f"has the impossible shape {quoted(shape)}")
     if prod(shape) * bits != (stop - start) * 8:
@@ -154,15 +155,16 @@ def _check_ranges(path: Path, ranges: list[tuple[int, int, str]], data_bytes: in
     """The tensors must cover the data section once: no overlap, no hole, nothing past the end, nothing left over."""
     end = 0
     for start, stop, name in sorted(ranges):
+        if start == end and stop <= data_bytes:
+            end = stop
+            continue
         where = f"tensor {quoted(name)} of {shown(path)}"
         if stop > data_bytes:
             raise CheckpointError(
                 f"{where} ends at byte {stop} of the data, and the file holds {data_bytes}: it is truncated; "
                 "download it again"
             )
-        if start != end:
-            fault = "overlaps the tensor before it" if start < end else "leaves a hole before it"
-            raise CheckpointError(f"{where} {fault} (bytes {start} to {end}); save the file again")
-        end = stop
+        fault = "overlaps the tensor before it" if start < end else "leaves a hole before it"
+        raise CheckpointError(f"{where} {fault} (bytes {start} to {end}); save the file again")
     if end != data_bytes:
         raise CheckpointError(f"{shown(path)} has {data_bytes - end} bytes after its last tensor; download it again")

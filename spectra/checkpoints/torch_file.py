@@ -12,7 +12,7 @@ from torch import Tensor
 from spectra.checkpoints.checkpoint import Checkpoint, CheckpointError, Entry, TensorInfo
 from spectra.checkpoints.containers import find_state_dict
 from spectra.checkpoints.safe_pickle import StorageClaim, Unpickled, require_safe_torch, unpickle
-from spectra.checkpoints.stored_file import Record, StoredFile, StoredTensor
+from spectra.checkpoints.stored_file import Record, StoredFile, StoredTensor, elements_spanned
 from spectra.checkpoints.torch_legacy import read_legacy
 from spectra.checkpoints.torch_zip import read_archive
 from spectra.checkpoints.wording import quoted, shown
@@ -66,7 +66,7 @@ def _described(
             continue
         shape, stride = tuple(tensor.shape), tuple(tensor.stride())
         first = int(tensor.storage_offset()) * tensor.itemsize
-        extent = _extent(shape, stride) * tensor.itemsize
+        extent = elements_spanned(shape, stride) * tensor.itemsize
         if first + extent > claim.bytes:
             raise CheckpointError(
                 f"tensor {quoted(name)} of {shown(file.path)} claims {first + extent} bytes "
@@ -88,12 +88,5 @@ def _described(
             continue
         rows = None if tensor.is_contiguous() else stride
         stored = StoredTensor(file, name, start, extent, tensor.dtype, shape, rows, records.get(claim.key))
-        entries[name] = Entry(TensorInfo(name, shape, tensor.dtype), stored.load)
+        entries[name] = Entry(TensorInfo(name, shape, tensor.dtype), stored.load, stored.load_part)
     return entries, tied, refused
-
-
-def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last that a view touches."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 
 from spectra.matrices.layouts import Part, parts_of
 from spectra.matrices.matrix import Matrix
-from spectra.matrices.names import block_of, natural, number_layers, unwrapped
+from spectra.matrices.names import block_of, family, natural, number_layers, unwrapped
 from spectra.matrices.orientation import TensorLike, is_expert_stack, transposed_tensors
 from spectra.matrices.roles import ROLES, role_of
 
@@ -19,7 +21,9 @@ _READABLE = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
     | {torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 )
-# Later words of the table would also match names that earlier ones explain better.
+_ROLE_PLACES = {role: place for place, role in enumerate(ROLES)}
+# Later words of the table would also match names that earlier ones explain better. As in the table of roles, no rule
+# reads which number stands between two dots.
 _NOT_WEIGHTS = tuple(
     (re.compile(pattern), reason)
     for pattern, reason in (
@@ -64,7 +68,13 @@ def find_matrices(
     >>> left_out["bias_ih_l0"]
     'a vector: it has no singular basis'
     """
-    is_transposed = transposed_tensors(tensors, config, transposed)
+    return divide(tensors, config, transposed_tensors(tensors, config, transposed))
+
+
+def divide(
+    tensors: Mapping[str, TensorLike], config: Mapping[str, Any], is_transposed: Mapping[str, bool]
+) -> tuple[list[Matrix], dict[str, str]]:
+    """What `find_matrices` returns, where `transposed_tensors` was asked before."""
     layers = number_layers(tensors)
     matrices: list[Matrix] = []
     left_out: dict[str, str] = {}
@@ -79,17 +89,27 @@ def find_matrices(
 def in_reading_order(matrices: Iterable[Matrix]) -> list[Matrix]:
     """Embeddings; the blocks (encoder before decoder, 9 before 10, attention before MLP); heads and the rest."""
 
-    def key(matrix: Matrix) -> tuple[Any, ...]:
-        block = block_of(matrix.tensor)
-        is_embedding = matrix.layer is None and matrix.role in ("token_embedding", "position_embedding", "conv")
-        section = 0 if is_embedding else 2 if matrix.layer is None else 1
-        stack = "" if block is None or section != 1 else block.stack
-        role = ROLES.index(matrix.role)
-        start = 0 if matrix.block is None else matrix.block.start
-        place = natural(matrix.tensor), matrix.index or 0, start, natural(matrix.name)
-        return section, "decoder" in stack, natural(stack), matrix.layer or 0, role, place
+    return sorted(matrices, key=reading_place)
 
-    return sorted(matrices, key=key)
+
+def reading_place(matrix: Matrix) -> tuple[Any, ...]:
+    """A key that sorts matrices in reading order."""
+    block = block_of(matrix.tensor)
+    is_embedding = matrix.layer is None and matrix.role in ("token_embedding", "position_embedding", "conv")
+    section = 0 if is_embedding else 2 if matrix.layer is None else 1
+    stack = "" if block is None or section != 1 else block.stack
+    role = _ROLE_PLACES[matrix.role]
+    start = 0 if matrix.block is None else matrix.block.start
+    tensor = natural(matrix.tensor)
+    name = tensor if matrix.name == matrix.tensor else natural(matrix.name)
+    return (
+        section,
+        "decoder" in stack,
+        natural(stack),
+        matrix.layer or 0,
+        role,
+        (tensor, matrix.index or 0, start, name),
+    )
 
 
 def _why_not(name: str, info: TensorLike) -> str | None:
@@ -107,13 +127,19 @@ def _why_not(name: str, info: TensorLike) -> str | None:
     if plain.endswith((".bias", "_bias")) and len(shape) >= 2:
         is_mask = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
         return "a causal mask" if is_mask else "a bias: it has no singular basis"
-    if reason := next((reason for pattern, reason in _NOT_WEIGHTS if pattern.search(plain)), None):
+    if reason := _no_weight(family(plain)):
         return reason
     if len(shape) < 2:
         return "a vector: it has no singular basis" if shape else "a single number"
-    if len(shape) > 2 and max(shape) == torch.Size(shape).numel() and not plain.endswith("weight"):
+    if len(shape) > 2 and max(shape) == prod(shape) and not plain.endswith("weight"):
         return "a vector: it has no singular basis"
     return None
+
+
+@cache
+def _no_weight(plain: str) -> str | None:
+    """What a family of names says that its tensors are, where that is no weight."""
+    return next((reason for pattern, reason in _NOT_WEIGHTS if pattern.search(plain)), None)
 
 
 def _matrices_in(
@@ -126,7 +152,7 @@ def _matrices_in(
     inner = shape[1:] if is_experts or is_table else shape
     if is_transposed:
         inner = (inner[1], inner[0], *inner[2:])
-    rows, columns = inner[0], torch.Size(inner[1:]).numel()
+    rows, columns = inner[0], prod(inner[1:])
     is_kernel = len(inner) > 2
     role = role_of(name, is_kernel=is_kernel and is_weight, is_in_block=layer is not None)
     parts: tuple[Part, ...] = ()

@@ -63,23 +63,37 @@ class Matrix:
     block: RowBlocks | None = None
     note: str = ""
 
-    def extract(self, tensor: Tensor) -> Tensor:
-        """W (m x n) out of the stored tensor, in its dtype: a view, except for interleaved rows and odd strides.
+    @property
+    def place(self) -> tuple[int | slice, ...]:
+        """Where W lies: `tensor[place]` is the part of the stored tensor that `arrange` makes W of.
+
+        It holds W alone, except where the rows of several parts are interleaved: then it holds those of all.
+        """
+        stack = () if self.index is None else (self.index,)
+        if self.block is None or self.block.groups > 1:
+            return stack
+        rows = slice(self.block.start, self.block.stop)
+        return (*stack, slice(None), rows) if self.is_transposed else (*stack, rows)
+
+    def arrange(self, part: Tensor) -> Tensor:
+        """W (m x n) out of `tensor[place]`, in its dtype: a view, except for interleaved rows and odd strides.
 
         A kernel (out x in x height x width) becomes out x (in height width); a grouped one keeps its in / groups
-        inputs, so that a depthwise one is out x (height width). Raises `ValueError` for a tensor of another shape.
+        inputs, so that a depthwise one is out x (height width). Raises `ValueError` for a part of another shape.
         """
-        matrix = tensor if self.index is None else tensor[self.index]
-        if self.is_transposed:
-            matrix = matrix.transpose(0, 1)
+        matrix = part.transpose(0, 1) if self.is_transposed else part
         matrix = matrix.flatten(1)  # (all rows, n)
-        if self.block is not None:
+        if self.block is not None and self.block.groups > 1:
             matrix = self.block.take(matrix)
         if matrix.shape != (self.rows, self.columns):
             raise ValueError(
-                f"{self.name} is {self.rows} x {self.columns}, which a tensor {tuple(tensor.shape)} does not hold"
+                f"{self.name} is {self.rows} x {self.columns}, which a tensor {tuple(part.shape)} does not hold"
             )
         return matrix
+
+    def extract(self, tensor: Tensor) -> Tensor:
+        """W (m x n) out of the whole stored tensor. Raises `ValueError` for a tensor of another shape."""
+        return self.arrange(tensor[self.place])
 
     def extract_update(self, update: LowRank) -> LowRank:
         """The rows of this part of an update D = c B A of the whole tensor, given out x in: rows of B, at no product.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"})
 """Components that a wrapper of a module (DDP, compile, FSDP, PEFT) puts into a name, anywhere in it."""
@@ -25,7 +27,13 @@ _NOT_BLOCKS = frozenset(
 )
 _NESTED = frozenset({"blocks", "layers", "albert_layers"})
 _NUMBERED = re.compile(r"^(.*?)_?(\d+)$")
+_NUMBER = re.compile(r"(\d+)")
+_INNER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _RECURRENT = re.compile(r"weight_(?:ih|hh|hr)_l(\d+)(?:_reverse)?$")
+
+
+NAMES_KEPT = 1 << 18
+"""How many names a cache of what they say remembers: a base and a tuned mixture of experts of a hundred thousand."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +44,35 @@ class Block:
     indices: tuple[int, ...]
 
 
+@lru_cache(NAMES_KEPT)
 def unwrapped(name: str) -> str:
     """The name without the components that wrappers put in: `module.a._orig_mod.b` is `a.b`."""
-    if not any(word in name for word in WRAPPERS):  # nearly always, and twenty times per name
+    if not any(word in name for word in WRAPPERS):  # nearly always
         return name
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+@lru_cache(NAMES_KEPT)
+def family(name: str) -> str:
+    """The name with a 0 for every number between two dots: one for all blocks and experts.
+
+    What a tensor is for does not depend on these numbers, so that rules need to look at one name of each family.
+
+    >>> family("layers.17.experts.203.w1.weight")
+    'layers.0.experts.0.w1.weight'
+    """
+    return _INNER_NUMBER.sub("0", name)
+
+
+@lru_cache(NAMES_KEPT)
 def natural(name: str) -> tuple[tuple[int, str], ...]:
     """A key that sorts 10 after 9."""
-    return tuple((int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name) if piece)
+    return tuple(map(_piece, filter(None, _NUMBER.split(name))))
+
+
+@lru_cache(NAMES_KEPT)
+def _piece(piece: str) -> tuple[int, str]:
+    return (int(piece), "") if piece.isdecimal() else (-1, piece)
 
 
 def block_of(name: str) -> Block | None:
@@ -54,9 +81,16 @@ def block_of(name: str) -> Block | None:
     `layer.3`, `h.3` and `encoder_layer_3` are block 3; `stages.1.blocks.0`, `layer1.0` and `blocks.1.0` are block 0 of
     stage 1. In T5's `block.3.layer.1` the second number is a part of block 3; under a head or experts none is a block.
     """
-    parts = unwrapped(name).split(".")
+    return _block_of_plain(unwrapped(name))
+
+
+@lru_cache(NAMES_KEPT)
+def _block_of_plain(plain: str) -> Block | None:
+    parts = plain.split(".")
     for position, part in enumerate(parts):
-        if part.isdigit():
+        if not part[-1:].isdecimal():
+            continue
+        if part.isdecimal():
             if position and parts[position - 1].lstrip("_") in _NOT_BLOCKS:
                 continue
             return Block(".".join(parts[:position]), (int(part), *_nested_index(parts[position + 1 :])))
@@ -73,9 +107,9 @@ def _holds_blocks(word: str) -> bool:
 
 
 def _nested_index(rest: list[str]) -> tuple[int, ...]:
-    if rest and rest[0].isdigit():
+    if rest and rest[0].isdecimal():
         return (int(rest[0]),)
-    if len(rest) > 1 and rest[0] in _NESTED and rest[1].isdigit():
+    if len(rest) > 1 and rest[0] in _NESTED and rest[1].isdecimal():
         return (int(rest[1]),)
     return ()
 
@@ -98,6 +132,6 @@ def number_layers(names: Iterable[str]) -> dict[str, int | None]:
         if block.stack not in ordered:
             return block.indices[0]
         until = (block.indices[0] + 1,) if len(block.indices) == 1 else (*block.indices, 0)
-        return max(sum(member < until for member in ordered[block.stack]) - 1, 0)
+        return max(bisect_left(ordered[block.stack], until) - 1, 0)
 
     return {name: layer(block) for name, block in blocks.items()}

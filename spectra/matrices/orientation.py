@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 
-from spectra.matrices.names import block_of, unwrapped
+from spectra.matrices.names import block_of, family, unwrapped
 
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D = re.compile(r"(?:^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
@@ -39,8 +40,10 @@ def models_in(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def is_expert_stack(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor holds one matrix per expert: three dimensions, under a name of experts."""
+    if len(shape) != 3:
+        return False
     plain = unwrapped(name).removesuffix(".weight")
-    return len(shape) == 3 and (_EXPERTS.search(plain) is not None or plain.rpartition(".")[2] in _EXPERT_PARAMETERS)
+    return _EXPERTS.search(plain) is not None or plain.rpartition(".")[2] in _EXPERT_PARAMETERS
 
 
 def transposed_tensors(
@@ -63,14 +66,20 @@ def transposed_tensors(
     answers: dict[str, bool | None] = {}
     conv1d: dict[str, str] = {}
     for name, info in tensors.items():
-        if is_expert_stack(name, info.shape):
-            answers[name] = _experts(name, tensors, config)
-        elif len(info.shape) > 2:
-            answers[name] = _kernel(name, tensors)
-        elif len(info.shape) == 2 and (found := _CONV1D.search(unwrapped(name))):
-            conv1d[name] = found[1]
+        dimensions = len(info.shape)
+        if dimensions > 2:
+            is_stack = is_expert_stack(name, info.shape)
+            answers[name] = _experts(name, tensors, config) if is_stack else _kernel(name, tensors)
+        elif dimensions == 2 and (leaf := _conv1d_leaf(family(unwrapped(name)))):
+            conv1d[name] = leaf
     answers |= _conv1d(conv1d, tensors, config)
     return {name: answer for name, answer in answers.items() if answer is not None}
+
+
+@cache
+def _conv1d_leaf(plain: str) -> str | None:
+    found = _CONV1D.search(plain)
+    return found[1] if found else None
 
 
 def _conv1d(

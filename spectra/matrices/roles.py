@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
-from spectra.matrices.names import unwrapped
+from spectra.matrices.names import family, unwrapped
 
 ROLES = (
     "token_embedding",
@@ -33,6 +34,7 @@ _ATTENTION = (
 )
 
 # Names are lower-cased, without wrappers and without ".weight". (^|\.) and $ stand for the edges of a component.
+# No rule reads which number stands between two dots: the rules see one name of each family.
 _TABLE = tuple(
     (re.compile(pattern), role)
     for pattern, role in (
@@ -111,7 +113,12 @@ def role_of(name: str, *, is_kernel: bool, is_in_block: bool) -> str:
 
     `is_kernel` says that the tensor has a convolution's shape: then it is `conv`, unless it is a table of positions.
     """
-    stem = unwrapped(name).removesuffix(".weight").lower()
+    # A number before ".weight" is at the end of the stem, and read: `mlp.0` is not `mlp.2`.
+    return _role_of_family(family(unwrapped(name).removesuffix(".weight")).lower(), is_kernel, is_in_block)
+
+
+@cache
+def _role_of_family(stem: str, is_kernel: bool, is_in_block: bool) -> str:
     if is_kernel:
         return "position_embedding" if _first(_TABLE, stem) == "position_embedding" else "conv"
     return _first(_TABLE, stem) or _first(_IN_BLOCKS if is_in_block else _OUTSIDE_BLOCKS, stem) or "other"

@@ -49,6 +49,8 @@ def fit(
     if turned != first.is_transposed:
         note = f"stored {_way(first.is_transposed)} in the base and {_way(turned)} in the tuned checkpoint"
     if tuned == _stored(base, first, turned):
+        if turned == first.is_transposed:
+            return [Fit(matrix, matrix) for matrix in matrices]
         return [Fit(matrix, replace(matrix, is_transposed=turned), note) for matrix in matrices]
     is_plain = len(matrices) == 1 and len(base) == len(tuned) == 2 and not turned and not first.is_transposed
     if is_plain and base[1] == tuned[1] and _grows(first, vocabulary):

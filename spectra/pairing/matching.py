@@ -67,6 +67,8 @@ def match_names(base: Mapping[str, Shape], tuned: Mapping[str, Shape]) -> Matchi
     counts, equality first among equals. A name that a second rewriting of at least half the count would match
     differently is left unmatched: it is never guessed.
     """
+    if base == tuned:  # most fine-tunings: equality explains everything, and no rewriting can explain more
+        return Matching({name: name for name in tuned}, {}, {}, ())
     spelled_base, spelled_tuned = spell(base), spell(tuned)
     base_names = {spelled: name for name, spelled in spelled_base.items()}
     tuned_names = {spelled: name for name, spelled in spelled_tuned.items()}
@@ -82,14 +84,15 @@ def match_names(base: Mapping[str, Shape], tuned: Mapping[str, Shape]) -> Matchi
     for rewriting in sorted(votes, key=lambda r: (-len(votes[r]), r != _EXACT, len(r.tuned + r.base), r.tuned, r.base)):
         rivals = [] if rewriting == _EXACT else _rivals(rewriting, votes)
         # As they stand before this rewriting: what is ambiguous must not depend on the order of the names.
+        rival_bases, rival_tuned = [rival.base_of for rival in rivals], [rival.tuned_of for rival in rivals]
         gone_base, gone_tuned = frozenset(taken if rivals else ()), frozenset(partners if rivals else ())
         matched = 0
-        for tuned_name in tuned_names:
+        for tuned_name in [name for name in tuned_names if name not in partners]:
             base_name = rewriting.apply(tuned_name)
-            if base_name not in base_names or base_name in taken or tuned_name in partners:
+            if base_name not in base_names or base_name in taken:
                 continue
-            bases = _others(tuned_name, base_name, [rival.base_of for rival in rivals], gone_base)
-            contenders = _others(base_name, tuned_name, [rival.tuned_of for rival in rivals], gone_tuned)
+            bases = _others(tuned_name, base_name, rival_bases, gone_base)
+            contenders = _others(base_name, tuned_name, rival_tuned, gone_tuned)
             if bases:
                 ambiguous_tuned[tuned_names[tuned_name]] = _any_of([base_name, *bases], base_names, "base")
             if contenders:
@@ -155,13 +158,15 @@ def _votes(base: Mapping[str, Shape], tuned: Mapping[str, Shape]) -> dict[Rewrit
     for name in base:
         for prefix, rest in _splits(name, base_shared):
             by_rest[rest].append((name, prefix))
-    votes: dict[Rewriting, dict[str, str]] = {_EXACT: {}}
+    by_prefixes: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[str, str]] = defaultdict(dict)
     for tuned_name, shape in tuned.items():
         for tuned_prefix, rest in _splits(tuned_name, tuned_shared):
             for base_name, base_prefix in by_rest.get(rest, ()):
                 if shape is None or base[base_name] is None or shape == base[base_name]:
-                    rewriting = _reduced(tuned_prefix, base_prefix)
-                    votes.setdefault(rewriting, {})[tuned_name] = base_name
+                    by_prefixes[tuned_prefix, base_prefix][tuned_name] = base_name
+    votes: dict[Rewriting, dict[str, str]] = {_EXACT: {}}
+    for (tuned_prefix, base_prefix), found in by_prefixes.items():
+        votes.setdefault(_reduced(tuned_prefix, base_prefix), {}).update(found)
     # A prefix that no one has heard of counts on one side only, and where it explains most of the names.
     enough = max(2, min(len(base), len(tuned)) / 2)
     least = {0: 0.0, 1: enough, 2: float("inf")}
@@ -175,20 +180,25 @@ def _unknown_sides(rewriting: Rewriting) -> int:
 
 def _shared_prefix(names: Mapping[str, Shape]) -> int:
     """How many leading components, none of them a number, all names share, leaving each at least two."""
-    split = [name.split(".") for name in names]
-    if len(split) < 2:
+    if len(names) < 2:
         return 0
-    columns = zip(*(parts[:-2] for parts in split), strict=False)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1 and not column[0].isdigit(), columns))
+    # What the first and the last in order begin with, all between them begin with too.
+    first, last = (name.split(".")[:-1] for name in (min(names), max(names)))
+    most = max(0, min(name.count(".") for name in names) - 1)
+    shared = takewhile(lambda parts: parts[0] == parts[1] and not parts[0].isdigit(), zip(first, last, strict=False))
+    return min(most, sum(1 for _ in shared))
 
 
 def _splits(name: str, shared: int) -> Iterator[tuple[tuple[str, ...], str]]:
     """Each way to part a name into a prefix that may be rewritten and the rest."""
-    parts = name.split(".")
-    for length in range(len(parts)):
-        if length > shared and parts[length - 1] not in _PREFIXES:
+    prefix: tuple[str, ...] = ()
+    yield prefix, name
+    while "." in name:
+        part, _, name = name.partition(".")
+        prefix = (*prefix, part)
+        if len(prefix) > shared and part not in _PREFIXES:
             return
-        yield tuple(parts[:length]), ".".join(parts[length:])
+        yield prefix, name
 
 
 def _reduced(tuned: tuple[str, ...], base: tuple[str, ...]) -> Rewriting:

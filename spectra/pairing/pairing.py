@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from spectra.checkpoints.checkpoint import Adapter, Checkpoint
+from spectra.checkpoints.collector import paused_collector
 from spectra.errors import SpectraError
-from spectra.matrices import ROLES, Matrix, in_reading_order
+from spectra.matrices import ROLES, Matrix
+from spectra.matrices.finding import reading_place
 from spectra.matrices.names import natural
 from spectra.pairing.fitting import Fit, Misfit, fit, fit_update
 from spectra.pairing.matching import match_names
@@ -20,6 +22,7 @@ from spectra.pairing.side import Side, side_of
 from spectra.pairing.spelling import expert_place, spell
 
 
+@paused_collector()
 def pair(
     base: Checkpoint,
     tuned: Checkpoint,
@@ -66,19 +69,20 @@ def pair(
     found.add_untouched()
     selection = Selection(tuple(include), tuple(exclude))
     selection.require_sense([pair.matrix for pair in found.pairs], base.source)
-    kept = [pair for pair in found.pairs if selection.why_not(pair.matrix) is None]
-    filtered = [
-        Unmatched(pair.matrix.name, "base", reason)
-        for pair in found.pairs
-        if (reason := selection.why_not(pair.matrix))
-    ]
+    kept: list[Pair] = []
+    filtered: list[Unmatched] = []
+    for one in found.pairs:
+        reason = selection.why_not(one.matrix)
+        if reason is None:
+            kept.append(one)
+        else:
+            filtered.append(Unmatched(one.matrix.name, "base", reason))
     if not kept:
         raise SpectraError(
             f"the include and exclude patterns leave no weight matrix of {base.source}; loosen one of them"
         )
-    place = {matrix: position for position, matrix in enumerate(in_reading_order(pair.matrix for pair in kept))}
     return Pairing(
-        pairs=tuple(sorted(kept, key=lambda pair: place[pair.matrix])),
+        pairs=tuple(sorted(kept, key=lambda pair: reading_place(pair.matrix))),
         unmatched=tuple(
             sorted([*found.unmatched, *filtered], key=lambda line: (line.side, natural(line.name), line.reason))
         ),
@@ -167,16 +171,18 @@ class _Pairs:
             for side, name, word in ((self.base, base, "base"), (self.tuned, tuned, "tuned checkpoint"))
             if name in side.stored
         ]
+        base_dtype = self.base.tensors[base].dtype
+        tuned_dtype = (self.tuned.updates if rank is not None else self.tuned.tensors)[tuned].dtype
         for one in fits:
             self.pairs.append(
                 Pair(
                     matrix=one.base,
                     tuned_tensor=stored,
-                    base_dtype=self.base.tensors[base].dtype,
-                    tuned_dtype=(self.tuned.updates if rank is not None else self.tuned.tensors)[tuned].dtype,
+                    base_dtype=base_dtype,
+                    tuned_dtype=tuned_dtype,
                     rank=rank,
                     note="; ".join(filter(None, (one.base.note, one.note, *ties))),
-                    tuned_matrix=replace(one.tuned, tensor=stored),
+                    tuned_matrix=one.tuned if one.tuned.tensor == stored else replace(one.tuned, tensor=stored),
                     base=self.base.checkpoint,
                     tuned=self.tuned.checkpoint,
                 )
@@ -211,9 +217,10 @@ class _Pairs:
     def _experts(side: Side, seen: set[str]) -> dict[tuple[str, int, str], tuple[str, Matrix]]:
         """The experts in tensors without a partner, by place; none where a place is given twice."""
         found: dict[tuple[str, int, str], list[tuple[str, Matrix]]] = {}
-        spelled = spell(side.matrices)
-        for name, matrices in side.matrices.items():
-            for matrix in matrices if name not in seen else ():
+        alone = {name: matrices for name, matrices in side.matrices.items() if name not in seen}
+        spelled = spell(side.matrices) if alone else {}
+        for name, matrices in alone.items():
+            for matrix in matrices:
                 if place := expert_place(matrix, spelled[name]):
                     found.setdefault(place, []).append((name, matrix))
         return {place: experts[0] for place, experts in found.items() if len(experts) == 1}

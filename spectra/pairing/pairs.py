@@ -46,14 +46,18 @@ class Pair:
         return self.rank is not None
 
     def load_base(self) -> Tensor:
-        """W (m x n), in its stored dtype. The whole tensor that holds it is read."""
-        return self.matrix.extract(self.base[self.matrix.tensor])
+        """W (m x n), in its stored dtype.
+
+        Of the tensor that holds it, what lies from W's first element to its last is read: one expert, one of q | k | v.
+        Where rows of others lie between W's, or W is stored as columns among others, that is more than W.
+        """
+        return self.matrix.arrange(self.base.part(self.matrix.tensor, self.matrix.place))
 
     def load_tuned(self) -> Tensor | LowRank:
-        """W' (m x n) in its stored dtype; or, where `is_low_rank`, the update D = W' - W (m x n) as its factors."""
+        """W' (m x n) in its stored dtype, read as W; where `is_low_rank`, the update D = W' - W (m x n) as factors."""
         if self.is_low_rank and isinstance(self.tuned, Adapter):
             return self.tuned_matrix.extract_update(self.tuned.update(self.tuned_tensor))
-        return self.tuned_matrix.extract(self.tuned[self.tuned_tensor])
+        return self.tuned_matrix.arrange(self.tuned.part(self.tuned_tensor, self.tuned_matrix.place))
 
 
 @dataclass(frozen=True)

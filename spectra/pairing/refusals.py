@@ -29,7 +29,7 @@ def require_same_architecture(base: Side, tuned: Side, pairs: Sequence[Pair], un
     types = base.checkpoint.config.get("model_type"), tuned.checkpoint.config.get("model_type")
     are_other_types = None not in types and types[0] != types[1]
     least = _LEAST_SHARE_OF_OTHER_TYPES if are_other_types else _LEAST_SHARE
-    share = len({pair.matrix for pair in pairs}) / max(min(many), 1)
+    share = len({pair.matrix.name for pair in pairs}) / max(min(many), 1)
     if pairs and share >= least:
         return
     for number, side in zip(many, (base, tuned), strict=True):

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spectra.checkpoints.checkpoint import Adapter, Checkpoint, LowRankInfo, TensorInfo
-from spectra.matrices import Matrix, find_matrices, transposed_tensors
+from spectra.matrices import Matrix, transposed_tensors
+from spectra.matrices.finding import divide
 from spectra.matrices.names import block_of, unwrapped
 from spectra.matrices.roles import role_of
 from spectra.pairing.matching import Shape
@@ -57,17 +58,19 @@ def side_of(
     stored = {alias: name for alias, name in aliases.items() if name in checkpoint and alias not in checkpoint}
     known = checkpoint.tensors
     tensors = known | {alias: replace(known[name], name=alias) for alias, name in stored.items()}
-    found, left_out = find_matrices(tensors, config, transposed)
+    is_transposed = transposed_tensors(tensors, config, transposed)
+    found, left_out = divide(tensors, config, is_transposed)
     matrices: dict[str, list[Matrix]] = {}
     for matrix in found:
-        matrices.setdefault(matrix.tensor, []).append(replace(matrix, tensor=stored.get(matrix.tensor, matrix.tensor)))
+        name = matrix.tensor
+        matrices.setdefault(name, []).append(replace(matrix, tensor=stored[name]) if name in stored else matrix)
     return Side(
         checkpoint=checkpoint,
         tensors=tensors,
         stored=stored,
         matrices=matrices,
         left_out=left_out,
-        is_transposed=transposed_tensors(tensors, config, transposed),
+        is_transposed=is_transposed,
         updates=checkpoint.updates if isinstance(checkpoint, Adapter) else {},
         vocabulary=max((matrix.rows for matrix in found if matrix.role == "token_embedding"), default=None),
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 
 from spectra.matrices import Matrix
-from spectra.matrices.names import unwrapped
+from spectra.matrices.names import family, unwrapped
 
 # Old LayerNorm parameters; and what transformers 5 calls its modules in memory against what it writes to disk. Both
 # sides are respelled, so a rule that a model does not need changes nothing.
@@ -34,14 +35,26 @@ _EXPERT_STACK = re.compile(r"^(?P<place>.*\bexperts)\.\w+$")
 
 def spell(names: Iterable[str]) -> dict[str, str]:
     """Each name's common spelling, without what wrappers put in. Names that would fall together keep their own."""
-    spelled = {}
-    for name in names:
-        common = unwrapped(name)
-        for pattern, replacement in _SPELLINGS:
-            common = pattern.sub(replacement, common)
-        spelled[name] = common
+    spelled = {name: _common(name) for name in names}
     times = Counter(spelled.values())
     return {name: common if times[common] == 1 else name for name, common in spelled.items()}
+
+
+def _common(name: str) -> str:
+    plain = unwrapped(name)
+    return _respelled(plain) if _is_respelled(family(plain)) else plain
+
+
+@cache
+def _is_respelled(plain: str) -> bool:
+    """Whether any rule changes the names of this family: no rule reads which number stands in them."""
+    return _respelled(plain) != plain
+
+
+def _respelled(plain: str) -> str:
+    for pattern, replacement in _SPELLINGS:
+        plain = pattern.sub(replacement, plain)
+    return plain
 
 
 def expert_place(matrix: Matrix, spelled: str) -> tuple[str, int, str] | None:

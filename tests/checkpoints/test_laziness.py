@@ -83,3 +83,9 @@ def test_the_fingerprint_in_memory_changes_with_content_name_and_dtype_only(stat
     assert digest(changed) != original
     assert digest({**state, "scale": state["scale"].to(torch.float32)}) != original
     assert digest({f"x.{name}": tensor for name, tensor in state.items()}) != original
+
+
+def test_the_fingerprint_of_a_single_element_with_a_stride(state: dict[str, Tensor]) -> None:
+    strided = torch.arange(4.0)[::2][:1]
+    digests = {fingerprint(open_checkpoint({**state, "one": one}))["sha256"] for one in (strided, torch.zeros(1))}
+    assert strided.stride() == (2,) and len(digests) == 1
