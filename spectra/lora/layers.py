@@ -16,6 +16,7 @@ from spectra.linalg.lowrank import LowRank
 
 Kind = Literal["linear", "conv1d", "embedding", "conv2d"]
 ADAPTER = "default"  # peft's own name for the only adapter of a model
+INITIAL = ("initial_A", "initial_B")  # buffers of a layer that starts from c B0 A0
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -98,8 +99,8 @@ class AdaptedLayer:
     def start_from(self, A0: Tensor, B0: Tensor) -> None:
         """Take c B0 A0 off the layer's update from now on."""
         # Buffers: they move and are saved with the model, and nothing that unfreezes parameters reaches them.
-        self.layer.register_buffer("initial_A", A0.detach().clone())
-        self.layer.register_buffer("initial_B", B0.detach().clone())
+        for name, value in zip(INITIAL, (A0, B0), strict=True):
+            self.layer.register_buffer(name, value.detach().clone())
         self.layer.lora_variant[ADAPTER] = Difference()
 
     def update(self) -> LowRank:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spectra.checkpoints import Adapter, open_checkpoint
 from spectra.errors import SpectraError
 from spectra.lora.injecting import inject
-from spectra.lora.layers import ADAPTER, AdaptedLayer, kind_of, peft_factors
+from spectra.lora.layers import ADAPTER, INITIAL, AdaptedLayer, kind_of, peft_factors
 from spectra.lora.peft_config import as_json, lora_config, require_peft
 from spectra.lora.peft_folder import RECORD, WEIGHTS, check_place, put_adapter
 from spectra.lora.record import Attachment, Slot, adapted_layers, attachment, keep_attachment
@@ -148,7 +148,12 @@ def _whole_modules(model: nn.Module) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    return {name: tensor.detach().cpu() for name, tensor in state.items() if ".lora_" not in name}
+    # peft counts the buffers of adapted layers in; those are in the factors already.
+    return {
+        name: tensor.detach().cpu()
+        for name, tensor in state.items()
+        if ".lora_" not in name and not name.endswith(INITIAL)
+    }
 
 
 def _fill_whole_modules(model: PeftModel, folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import spectra
@@ -72,6 +73,10 @@ def test_a_trained_transformers_model_goes_out_and_comes_back(
     assert float((after - before).norm()) > 1e-3 * float(before.norm())
 
     save_adapter(adapted, tmp_path / "adapter")
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        kept = set(file.keys())
+    sides = ("lora_A.weight", "lora_B.weight")
+    assert kept == {f"base_model.model.{name}.{side}" for name in adapted_layers(adapted) for side in sides}
     plain = peft.PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path / "adapter")
     assert close(logits_of(plain, arguments), after)
     merged = merge(adapted)
