@@ -35,7 +35,7 @@ def reduce_to_tridiagonal(G: Float64Array) -> Tridiagonal:
     """
     p = G.shape[0]
     d, e, tau = np.empty(p), np.empty(max(p - 1, 1)), np.empty(max(p - 1, 1))
-    _run("dsytrd", b"L", p, G, p, d, e, tau, workspace=1)
+    run("dsytrd", b"L", p, G, p, d, e, tau, workspace=1)
     return Tridiagonal(G, d, e[: p - 1], tau)
 
 
@@ -58,7 +58,7 @@ class Tridiagonal:
     def eigenvalues(self) -> Float64Array:
         """All eigenvalues, descending (dsterf), O(p^2) flops."""
         d, e = self.diagonal.copy(), _padded(self.subdiagonal)
-        _run("dsterf", self.size, d, e)
+        run("dsterf", self.size, d, e)
         return d[::-1].copy()
 
     def eigenvectors(self) -> tuple[Float64Array, Float64Array]:
@@ -66,7 +66,7 @@ class Tridiagonal:
         p = self.size
         d, e = self.diagonal.copy(), _padded(self.subdiagonal)
         Z = np.empty((p, p), order="F")
-        _run("dstedc", b"I", p, d, e, Z, p, workspace=2)
+        run("dstedc", b"I", p, d, e, Z, p, workspace=2)
         return d[::-1].copy(), self._back_transformed(Z)
 
     def eigenvectors_between(self, start: int, stop: int) -> tuple[Float64Array, Float64Array]:
@@ -78,7 +78,7 @@ class Tridiagonal:
         found, values = np.zeros(1, dtype=np.intc), np.empty(p)
         Z = np.empty((p, r), order="F")
         support, try_high_accuracy = np.empty(2 * max(r, 1), dtype=np.intc), np.ones(1, dtype=np.intc)
-        _run(
+        run(
             "dstemr", b"V", b"I", p, d, e, 0.0, 0.0, p - stop + 1, p - start, found, values, Z, p, r, support,
             try_high_accuracy, workspace=2,
         )  # fmt: skip
@@ -98,9 +98,9 @@ class Tridiagonal:
         for start in range((p - 2) // REFLECTORS * REFLECTORS, -1, -REFLECTORS):
             V, rows, size = self.reflectors[start + 1 :, start:], p - 1 - start, min(REFLECTORS, p - 1 - start)
             T, work = np.empty((size, size), order="F"), np.empty((r, size), order="F")
-            _routine("dlarft")(*_arguments(b"F", b"C", rows, size, V, p, self.tau[start:], T, size))
+            call("dlarft", b"F", b"C", rows, size, V, p, self.tau[start:], T, size)
             block = (rows, size, V, p, T, size, X[:, start + 1 :], r, work, r)
-            _routine("dlarfb")(*_arguments(b"R", b"T", b"F", b"C", r, *block))
+            call("dlarfb", b"R", b"T", b"F", b"C", r, *block)
         return X.T
 
 
@@ -113,7 +113,18 @@ def add_gram(A: Float64Array, G: Float64Array) -> None:
         transposed, leading = b"T", n
     else:
         raise ValueError("A must be contiguous")
-    _routine("dsyrk")(*_arguments(b"L", transposed, p, n, 1.0, A, leading, 1.0, G, p))
+    call("dsyrk", b"L", transposed, p, n, 1.0, A, leading, 1.0, G, p)
+
+
+def add_symmetric_product(P: Float64Array, Z: Float64Array, G: Float64Array) -> None:
+    """G += P Z^T + Z P^T on the lower triangle (dsyr2k), 2 p^2 r flops. All in Fortran order, P and Z (p, r)."""
+    p, r = P.shape
+    call("dsyr2k", b"L", b"N", p, r, 1.0, P, p, Z, p, 1.0, G, p)
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call a BLAS or LAPACK routine that reports nothing. Arrays are passed by their first element."""
+    _routine(name)(*_arguments(*arguments))
 
 
 def _padded(e: Float64Array) -> Float64Array:
@@ -121,8 +132,11 @@ def _padded(e: Float64Array) -> Float64Array:
     return np.append(e, 0.0)
 
 
-def _run(name: str, *arguments: Any, workspace: int = 0) -> None:
-    """Call a LAPACK routine with its workspaces (1: work, 2: work and iwork), whose sizes it is asked for first."""
+def run(name: str, *arguments: Any, workspace: int = 0) -> None:
+    """Call a LAPACK routine with its workspaces (1: work, 2: work and iwork), whose sizes it is asked for first.
+
+    Raises LapackError where it reports info != 0.
+    """
     info = np.zeros(1, dtype=np.intc)
     routine = _routine(name)
     if workspace:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.linalg.lapack import add_gram
+from spectra.linalg.lapack import add_gram, add_symmetric_product
 
 CLEARLY_FASTER = 1.5
 CHUNK = 512  # columns that are upcast to float64 at once, so that no float64 copy of a whole weight is made
@@ -60,6 +60,20 @@ def gram(A: Tensor) -> Tensor:
     G = np.zeros((p, p), order="F")
     for start in range(0, q, CHUNK):
         add_gram(_float64(A[:, start : start + CHUNK]), G)
+    return torch.from_numpy(G)
+
+
+def diagonal_plus_product(diagonal: Tensor, P: Tensor, Z: Tensor) -> Tensor:
+    """The lower triangle of diag(d) + P Z^T + Z P^T, with zeros above it; 2 p^2 r flops.
+
+    Args: d (p,), P and Z (p x r), float64.   Returns: (p x p) on their device, in Fortran order on the CPU.
+    """
+    if diagonal.device.type != "cpu":
+        half = P @ Z.T
+        return torch.tril(half + half.T + torch.diag(diagonal))
+    G = np.zeros((len(diagonal),) * 2, order="F")
+    np.fill_diagonal(G, diagonal.numpy())
+    add_symmetric_product(np.asfortranarray(P.numpy()), np.asfortranarray(Z.numpy()), G)
     return torch.from_numpy(G)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectra.linalg.banded import MOST_VECTORS
 from spectra.linalg.lapack import LapackError
 from spectra.linalg.products import matmul, product64
 from spectra.linalg.svd import GRAM, TAIL, Spectrum, certified_reduction, svd
@@ -35,7 +36,7 @@ def singular_slice(W: Tensor, start: int, rank: int) -> Spectrum:
         return _cut(W, start, stop)
     A = (W if m <= n else W.T).float()
     try:
-        reduced, squared = certified_reduction(A)
+        reduced, squared = certified_reduction(A, few=rank <= MOST_VECTORS)
         if not squared[stop - 1] > TAIL**2 * squared[0]:
             return _cut(W, start, stop)
         rough = reduced.vectors_between(start, stop)[1]  # (p, rank)

@@ -104,13 +104,13 @@ def gram_certified(A: Tensor) -> tuple[Tensor, float, float]:
     return G, trace, squared_norm
 
 
-def certified_reduction(A: Tensor) -> tuple[Eigen, Tensor]:
-    """The reduced Gram matrix of A (p x q), to ask for vectors, and its eigenvalues, descending and certified.
+def certified_reduction(A: Tensor, few: bool) -> tuple[Eigen, Tensor]:
+    """The reduced Gram matrix of A (p x q), to ask for (`few`) vectors, and its eigenvalues, descending and certified.
 
     Raises NotFiniteError where A is not finite, LapackError where the eigenvalues do not add up.
     """
     G, trace, squared_norm = gram_certified(A)
-    reduced = reduce_symmetric(G)
+    reduced = reduce_symmetric(G, few)
     values = reduced.values()
     certify(values, trace, squared_norm)
     return reduced, values

@@ -2,9 +2,10 @@
 
 Sides take turns, round by round; what is counted is CPU seconds of the process. Prints, per shape, the ratios loop /
 spectra (median and extremes over the rounds), where the seconds of spectra go beside the floor that flops set, and how
-far each side is from a float64 SVD.
+far each side is from a float64 SVD; last, or alone (--compact), a line of ratios a shape, and the mean of a shape and
+its transpose.
 
-    python tests/benchmarks/bench_engine.py [--quick] [--shapes 768x768 4096x4096] [--rounds 5] [--large-rounds 1]
+    python tests/benchmarks/bench_engine.py [--quick] [--compact] [--shapes 768x768 4096x4096] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ Ratios = dict[str, dict[str, float]]  # job -> loop -> median ratio
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the shapes of short side 768 and 1024 only")
+    parser.add_argument("--compact", action="store_true", help="print a line of ratios a shape and nothing else of it")
     parser.add_argument("--shapes", nargs="+", type=shape, metavar="MxN", help="(out x in) instead of the usual ones")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--large-rounds", type=int, default=1, help=f"rounds where the short side is {LARGE} or more")
@@ -50,8 +52,8 @@ def main() -> None:
     medians: dict[tuple[int, int], Ratios] = {}
     for m, n in arguments.shapes or [shape(name) for name in (QUICK if arguments.quick else SHAPES)]:
         rounds = arguments.large_rounds if min(m, n) >= LARGE else arguments.rounds
-        medians[m, n] = bench(m, n, rounds, arguments.seed, peak)
-    print(_both_orientations(medians))
+        medians[m, n] = bench(m, n, rounds, arguments.seed, peak, arguments.compact)
+    print(_compact(medians))
     print(f"load average at the end: {_load()}")
 
 
@@ -63,8 +65,8 @@ def shape(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def bench(m: int, n: int, rounds: int, seed: int, peak: Mapping[int, float]) -> Ratios:
-    """Time all sides on one shape, print its tables, and return the median ratios."""
+def bench(m: int, n: int, rounds: int, seed: int, peak: Mapping[int, float], compact: bool) -> Ratios:
+    """Time all sides on one shape, print its tables unless `compact`, and return the median ratios."""
     from _phases import by_phase, flops
     from _sides import numpy_loop, ours, torch_loop
     from _synthetic import weights
@@ -86,37 +88,50 @@ def bench(m: int, n: int, rounds: int, seed: int, peak: Mapping[int, float]) -> 
             start = time.process_time()
             results[side] = sides[side]()
             seconds[side].append(time.process_time() - start)
-        for job, run in jobs.items():
+        for job, run in jobs.items() if not compact else ():
             phases[job].append(by_phase(run))
+    if compact:
+        return _ratios(seconds)
     print(f"\n{m} x {n}, {rounds} {'round' if rounds == 1 else 'rounds'}, load average {_load()}")
-    ratios = _print_ratios(seconds)
+    _print_ratios(seconds)
     _print_phases(phases, {job: flops(m, n)[job] for job in jobs}, peak)
     if min(m, n) <= CHECKED:
         _print_errors(pair, results, list(jobs))
     print(end="", flush=True)
-    return ratios
+    return _ratios(seconds)
 
 
-def _print_ratios(seconds: Mapping[str, Sequence[float]]) -> Ratios:
+def _each_round(seconds: Mapping[str, Sequence[float]], job: str, loop: str) -> list[float]:
+    """loop / spectra of each round."""
+    return [theirs / mine for theirs, mine in zip(seconds[loop], seconds[job], strict=True)]
+
+
+def _ratios(seconds: Mapping[str, Sequence[float]]) -> Ratios:
+    from _sides import JOBS
+
+    return {
+        job: {loop: statistics.median(_each_round(seconds, job, loop)) for loop in LOOPS}
+        for job in JOBS
+        if job in seconds
+    }
+
+
+def _print_ratios(seconds: Mapping[str, Sequence[float]]) -> None:
     from _sides import JOBS
 
     loops = ", ".join(f"{loop} {statistics.median(seconds[loop]):.4g}" for loop in LOOPS)
     print(f"  plain loops, CPU s: {loops}")
     print(f"  {'':22}{'spectra CPU s':>14}{'torch loop / spectra':>30}{'numpy loop / spectra':>30}")
-    medians: Ratios = {}
     for job in JOBS:
         if job not in seconds:
             print(f"  {job:22}{'n/a':>14}{'n/a':>30}{'n/a':>30}")
             continue
-        medians[job] = {}
         line = f"  {job:22}{statistics.median(seconds[job]):14.4g}"
         for loop in LOOPS:
-            each = [theirs / mine for theirs, mine in zip(seconds[loop], seconds[job], strict=True)]
-            medians[job][loop] = statistics.median(each)
+            each = _each_round(seconds, job, loop)
             spread = f"({min(each):.3g} to {max(each):.3g})"
-            line += f"{medians[job][loop]:12.3g}x {spread:>16}"
+            line += f"{statistics.median(each):12.3g}x {spread:>16}"
         print(line)
-    return medians
 
 
 def _print_phases(
@@ -151,18 +166,27 @@ def _print_errors(pair: Any, results: Mapping[str, Any], jobs: Sequence[str]) ->
         print(f"    {side:22}{values:10.1e}{energies:10.1e}")
 
 
-def _both_orientations(medians: Mapping[tuple[int, int], Ratios]) -> str:
-    """Means over a shape and its transpose: a model has one of each."""
-    lines = ["\nmean of both orientations"]
+def _compact(medians: Mapping[tuple[int, int], Ratios]) -> str:
+    """A line a shape, and one for the mean over a shape and its transpose: a model has one of each."""
+    from _sides import JOBS
+
+    lines = [
+        "",
+        "plain loop / spectra, CPU seconds, one thread: torch (numpy)",
+        " " * 22 + "".join(f"{j:>22}" for j in JOBS),
+    ]
     for (m, n), ratios in medians.items():
-        if m < n and (n, m) in medians:
+        lines.append(_line(f"{m} x {n}", ratios))
+        if m > n and (n, m) in medians:
             turned = medians[n, m]
-            lines += [
-                f"  {m} x {n}  {job:22}"
-                + "  ".join(f"{loop} {(ratio + turned[job][loop]) / 2:.3g}x" for loop, ratio in by_loop.items())
-                for job, by_loop in ratios.items()
-            ]
-    return "\n".join(lines) if len(lines) > 1 else ""
+            both = {job: {loop: (x + turned[job][loop]) / 2 for loop, x in of.items()} for job, of in ratios.items()}
+            lines.append(_line("mean of both", both))
+    return "\n".join(lines)
+
+
+def _line(name: str, ratios: Ratios) -> str:
+    cells = (f"{of['torch']:.3g}x ({of['numpy']:.3g}x)" for of in ratios.values())
+    return f"{name:22}" + "".join(f"{cell:>22}" for cell in cells)
 
 
 def _wake_up() -> None:
