@@ -41,7 +41,7 @@ def compare(
     include: Include = None,
     exclude: Exclude = None,
     transposed: Transposed = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, or several as cuda:0,cuda:1.")] = "auto",
     dtype: Annotated[
         Precision, typer.Option(help="Precision of the products; auto is float32, float64 where the weights are.")
     ] = Precision.auto,

@@ -18,6 +18,8 @@ from spectra.cache import SpectrumCache
 from spectra.checkpoints import Adapter, Checkpoint, fingerprint, open_checkpoint
 from spectra.comparison import Comparison
 from spectra.engines import local
+from spectra.engines.batching import batched
+from spectra.engines.devices import ieee_products, named_devices, spread
 from spectra.errors import SpectraError
 from spectra.jobs import Job, Outcome, Settings
 from spectra.labels import labelled
@@ -25,6 +27,7 @@ from spectra.linalg.products import gemm_library
 from spectra.pairing import Pairing, Unmatched, pair
 
 Source = Any  # a path, a hub id, a state dict, an nn.Module, or an open Checkpoint
+NO_FLOAT64 = "device mps has no float64 arithmetic: the matrices were decomposed on the CPU"
 
 
 class ComparisonInterrupted(KeyboardInterrupt):
@@ -42,7 +45,7 @@ def compare(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     transposed: Sequence[str] | None = None,
-    device: str = "auto",
+    device: str | Sequence[str] = "auto",
     dtype: torch.dtype | None = None,
     slices: int = 8,
     top: int = 10,
@@ -62,15 +65,17 @@ def compare(
         include, exclude: globs on matrix names (`"*.attention.*"`); what they leave out is listed in `unmatched`.
         transposed: globs on the tensors that are stored (in x out), instead of what config, names and shapes tell;
             an empty sequence: none is.
-        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps".
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps"; or several CUDA devices that share the
+            work, "cuda:0,cuda:1" or a list.
         dtype: of the products: `torch.float64` for more digits; by default float32, float64 for float64 weights and
             adapters.
         slices: into how many slices of neighbouring components block and cross energies are cut.
         top: leading triplets of the tuned matrix that are held against the base.   epsilon: threshold of an intruder.
         fast: iterate the leading triplets only. Ranks, nuclear norm and spectral shift of dense updates are missing
             then, and the rotation of updates given as factors; everything else stays.
-        workers: matrices at a time; by default one a core.
-        cache: a folder that keeps the base's spectra for later runs; it is made where there is none.
+        workers: matrices (or batches of small ones) at a time; by default one a core, and one a CUDA device.
+        cache: a folder that keeps the base's spectra for later runs; it is made where there is none. Small matrices,
+            which are decomposed as fast as a file is opened, are not kept.
         cache_limit: bytes in it, beyond which the least recently used spectra go.
         progress: called with (cost done, cost in all, matrix name) after each matrix.
     Returns: a `Comparison`. Matrices that cannot be compared are rows of status "failed" with the reason.
@@ -90,7 +95,8 @@ def compare(
     if slices < 1 or top < 1 or not 0 <= epsilon <= 1 or (workers is not None and workers < 1):
         raise SpectraError("slices, top and workers must be at least 1, and epsilon must lie between 0 and 1")
     spectra_kept = SpectrumCache(cache, cache_limit) if cache is not None else None
-    settings = Settings(_device(device), dtype, slices, top, epsilon, fast, spectra_kept)
+    devices = named_devices(device)
+    settings = Settings(dtype, slices, top, epsilon, fast, spectra_kept)
     base_checkpoint = open_checkpoint(base)
     if isinstance(base_checkpoint, Adapter):
         raise SpectraError(
@@ -102,19 +108,22 @@ def compare(
         label: pair(base_checkpoint, checkpoint, include, exclude, transposed)
         for label, checkpoint in tuned_checkpoints.items()
     }
-    jobs = sorted(_jobs(pairings), key=lambda job: job.cost, reverse=True)  # the longest first fills the cores
-    count = workers or (1 if settings.device.type == "cuda" else local.available_cores())
-    total, done = sum(job.cost for job in jobs), 0
-    finished: list[list[Outcome]] = [[] for _ in jobs]
+    on_cpu = devices[0].type == "cpu"
+    places = spread(devices, workers or (local.available_cores() if on_cpu else len(devices)))
+    units = batched(_jobs(pairings), settings, places)
+    total, done = sum(job.cost for unit in units for job in unit.jobs), 0
+    finished: list[list[Outcome]] = [[] for _ in units]
     described = {label: _described(checkpoint) for label, checkpoint in tuned_checkpoints.items()}
     of_base = _described(base_checkpoint)
     interrupted = False
     try:
-        for index, found in local.run(lambda job: job.run(settings), jobs, count):
-            finished[index] = found
-            done += jobs[index].cost
-            if progress:
-                progress(done, total, jobs[index].matrix.name)
+        with ieee_products():
+            for index, found in local.run_on(lambda unit, place: unit.run(settings, place), units, places):
+                finished[index] = found
+                for job in units[index].jobs:
+                    done += job.cost
+                    if progress:
+                        progress(done, total, job.matrix.name)
         of_base |= _hashed(base_checkpoint)
         for label, checkpoint in tuned_checkpoints.items():
             described[label] |= _hashed(checkpoint)
@@ -136,39 +145,26 @@ def compare(
             "epsilon": epsilon,
             "fast": fast,
         },
-        "device": str(settings.device),
-        "workers": count,
+        "device": ",".join(map(str, devices)),
+        "workers": len(places),
         "threads_per_worker": 1,
-        "gemm": gemm_library() if settings.device.type == "cpu" else "torch",
+        "gemm": gemm_library() if on_cpu else "torch",
+        **({} if on_cpu else {"tf32": False}),
         "cache": _cache_used(spectra_kept),
         "algorithms": _algorithms(outcomes),
         "versions": _versions(),
         "seconds": round(time.perf_counter() - started, 3),
         "interrupted": interrupted,
-        "notes": _notes(base_checkpoint, tuned_checkpoints, pairings, device, settings),
+        "notes": [
+            *_notes(base_checkpoint, tuned_checkpoints, pairings, spectra_kept),
+            *_measured_once(outcomes),
+            *([NO_FLOAT64] if "mps" in device else []),
+        ],
     }
     result = _tabulated(outcomes, pairings, provenance)
     if interrupted:
         raise ComparisonInterrupted(result)
     return result
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SpectraError(f"{name!r} is no device; give auto, cpu, cuda, cuda:1 or mps") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SpectraError(
-            f"device {name!r} was asked for and this machine or this torch has no CUDA; use --device cpu"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SpectraError(f"device {name!r} was asked for and there are {torch.cuda.device_count()} CUDA devices")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise SpectraError(f"device {name!r} is not supported; give auto, cpu, cuda, cuda:1 or mps")
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _jobs(pairings: Mapping[str, Pairing]) -> list[Job]:
@@ -249,13 +245,19 @@ def _versions() -> dict[str, str]:
 
 
 def _notes(
-    base: Checkpoint, tuned: Mapping[str, Checkpoint], pairings: Mapping[str, Pairing], device: str, settings: Settings
+    base: Checkpoint, tuned: Mapping[str, Checkpoint], pairings: Mapping[str, Pairing], cache: SpectrumCache | None
 ) -> list[str]:
     """What was decided on the way, once each."""
     notes = [f"{base.source}: {note}" for note in base.notes]
     for label, checkpoint in tuned.items():
         notes += [f"{label}: {note}" for note in (*checkpoint.notes, *pairings[label].notes)]
-    notes += settings.cache.notes if settings.cache else ()
-    if device == "mps" and settings.device.type == "cpu":
-        notes.append("device mps has no float64 arithmetic: the matrices were decomposed on the CPU")
-    return list(dict.fromkeys(notes))
+    return list(dict.fromkeys((*notes, *(cache.notes if cache else ()))))
+
+
+def _measured_once(outcomes: Sequence[Outcome]) -> list[str]:
+    """Which tuned models hold the same matrices."""
+    twins = Counter((o.tuned, o.same_as) for o in outcomes if o.same_as)
+    return [
+        f"{label}: bit-identical to {first} in {count} of the matrices, which were measured once for both"
+        for (label, first), count in twins.items()
+    ]

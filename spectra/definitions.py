@@ -10,6 +10,7 @@ from importlib.resources import files
 from spectra.errors import SpectraError
 
 ENTRY = re.compile(r"^- `(?P<name>\w+)`: (?P<text>.*(?:\n  .*)*)", re.MULTILINE)
+SECTION = re.compile(r"^## (?P<title>.*)\n", re.MULTILINE)
 
 
 @cache
@@ -20,8 +21,18 @@ def document() -> str:
 
 @cache
 def definitions() -> dict[str, str]:
-    """Column name -> its definition, on one line."""
-    return {entry["name"]: " ".join(entry["text"].split()) for entry in ENTRY.finditer(document())}
+    """Column name -> its definition, on one line; where tables differ in a name, each with the section it is from."""
+    found: dict[str, dict[str, str]] = {}
+    _, *sections = SECTION.split(document())  # title, text, title, text, ...
+    for title, text in zip(sections[::2], sections[1::2], strict=True):
+        for entry in ENTRY.finditer(text):
+            found.setdefault(entry["name"], {})[title] = " ".join(entry["text"].split())
+    return {
+        name: next(iter(texts.values()))
+        if len(texts) == 1
+        else " ".join(f"{title}: {text}" for title, text in texts.items())
+        for name, texts in found.items()
+    }
 
 
 def define(column: str) -> str:

@@ -30,8 +30,8 @@ COUNTS = ("numerical_rank", "low_rank", "energy_rank_90", "energy_rank_99", "int
 TEXTS = ("tuned", "name", "tensor", "part", "role", "status", "note", *STORED, *SOLVERS)
 COMPONENTS = (
     "component", "singular_value", "tuned_singular_value", "update_singular_value", "diagonal", "relative_diagonal",
-    "row_energy", "column_energy", "outside_energy", "plasticity", "left_stability", "right_stability", "stability",
-    "rotation", "gap",
+    "row_energy", "column_energy", "outside_energy", "plasticity", "white_shift", "left_stability", "right_stability",
+    "stability", "rotation", "gap",
 )  # fmt: skip
 SLICES = ("slice", "start", "stop", "block_energy", "cross_energy", "block_share", "cross_share", "plasticity")
 UNMATCHED = ("tuned", "name", "side", "reason")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from spectra.cache import key_of
 from spectra.errors import SpectraError
 from spectra.linalg.lapack import LapackError
 from spectra.linalg.lowrank import LowRank
 from spectra.linalg.svd import NotFiniteError, Spectrum, describe_not_finite, svd
-from spectra.measures.matrix import Measured, measure
+from spectra.measures.matrix import measure
+from spectra.measures.rows import UNCHANGED, Measured
 
 if TYPE_CHECKING:
     from spectra.cache import SpectrumCache
@@ -22,11 +24,14 @@ if TYPE_CHECKING:
     from spectra.pairing import Pair
 
 
+# What makes a row fail alone, with a sentence.
+CAN_FAIL = (SpectraError, LapackError, OSError, MemoryError, torch.OutOfMemoryError)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the caller chose. dtype None: float32, and float64 where a checkpoint or an adapter's factors deserve it."""
 
-    device: torch.device
     dtype: torch.dtype | None
     slices: int
     top: int
@@ -37,7 +42,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one (tuned, matrix)."""
+    """What became of one (tuned, matrix). same_as: the tuned model whose bit-identical matrix was measured for both."""
 
     tuned: str
     pair: Pair
@@ -45,29 +50,12 @@ class Outcome:
     note: str
     measured: Measured | None
     trivial: Mapping[str, Any] = field(default_factory=dict)
+    same_as: str = ""
 
     @property
     def layer(self) -> Mapping[str, Any]:
         """The row of `layers`; measures are absent where there is nothing to measure."""
         return self.measured.layer if self.measured else self.trivial
-
-
-UNCHANGED: dict[str, Any] = {
-    "update_norm": 0.0,
-    "relative_update": 0.0,
-    "cosine": 1.0,
-    "diagonal_share": 0.0,
-    "off_diagonal_share": 0.0,
-    "outside_share": 0.0,
-    "spectral_norm_update": 0.0,
-    "nuclear_norm_update": 0.0,
-    "numerical_rank": 0,
-    "energy_rank_90": 0,
-    "energy_rank_99": 0,
-    "spectral_shift": 0.0,
-    "intruders": 0,
-    "unmoved_share": 1.0,
-}
 
 
 @dataclass(frozen=True)
@@ -87,20 +75,37 @@ class Job:
         updates = sum(not pair.is_untouched for _, pair in self.pairs)
         return (short * short * (long + 4 * short) * (1 + updates) if updates else short * long) + 10_000
 
-    def run(self, settings: Settings) -> list[Outcome]:
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return (self,)
+
+    def run(self, settings: Settings, device: torch.device) -> list[Outcome]:
         """Load, decompose the base once, measure every update. What fails here fails alone and says why."""
         try:
-            base = _Base(self, settings)
-        except (SpectraError, OSError, MemoryError) as error:
-            return [Outcome(label, pair, "failed", _reason(error, "base", pair), None) for label, pair in self.pairs]
+            base = _Base(self, settings, device)
+        except CAN_FAIL as error:
+            return [failed(error, label, pair, "base") for label, pair in self.pairs]
         return list(self._outcomes(base, settings))
 
     def _outcomes(self, base: _Base, settings: Settings) -> Iterator[Outcome]:
+        seen: dict[str, Outcome] = {}  # by the bits of W', where several models are compared
         for label, pair in self.pairs:
             try:
-                yield _outcome(label, pair, base, settings)
-            except (SpectraError, LapackError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-                yield Outcome(label, pair, "failed", _reason(error, label, pair), None)
+                tuned = base.stored if pair.is_untouched else pair.load_tuned()
+                if isinstance(tuned, Tensor) and identical(tuned, base.stored):
+                    yield unchanged(label, pair, base.stored)
+                    continue
+                key = bits(tuned, self) if isinstance(tuned, Tensor) else ""
+                if key in seen:
+                    yield shared(seen[key], label, pair)
+                    continue
+                found = _outcome(label, pair, tuned, base, settings)
+            except CAN_FAIL as error:
+                yield failed(error, label, pair)
+                continue
+            if key:
+                seen[key] = found
+            yield found
 
 
 def _precision(pair: Pair, settings: Settings) -> torch.dtype:
@@ -112,9 +117,9 @@ def _precision(pair: Pair, settings: Settings) -> torch.dtype:
 class _Base:
     """The base weight, and its spectrum from the first time that it is asked for."""
 
-    def __init__(self, job: Job, settings: Settings) -> None:
+    def __init__(self, job: Job, settings: Settings, device: torch.device) -> None:
         self.pair = job.pairs[0][1]
-        self.device, self.cache = settings.device, settings.cache
+        self.device, self.cache = device, settings.cache
         self.stored: Tensor = self.pair.load_base()
         self._spectra: dict[torch.dtype, Spectrum] = {}
 
@@ -129,7 +134,7 @@ class _Base:
             try:
                 self._spectra[dtype] = self._decomposed(dtype)
             except NotFiniteError as error:
-                raise _not_finite(self.stored, self.pair.matrix.tensor, self.pair.base.source) from error
+                raise not_finite(self.stored, self.pair, "base") from error
         return self._spectra[dtype]
 
     def _decomposed(self, dtype: torch.dtype) -> Spectrum:
@@ -140,20 +145,14 @@ class _Base:
         return Spectrum(U, S, V, found.algorithm)
 
 
-def _outcome(label: str, pair: Pair, base: _Base, settings: Settings) -> Outcome:
-    tuned = base.stored if pair.is_untouched else pair.load_tuned()
-    if isinstance(tuned, Tensor) and _identical(tuned, base.stored):
-        norm = float(torch.linalg.vector_norm(base.stored.double()))
-        if not isfinite(norm):  # equal infinities are no weights
-            raise _not_finite(base.stored, pair.matrix.tensor, pair.base.source)
-        return Outcome(label, pair, "unchanged", pair.note, None, {**UNCHANGED, "base_norm": norm})
+def _outcome(label: str, pair: Pair, tuned: Tensor | LowRank, base: _Base, settings: Settings) -> Outcome:
     dtype = _precision(pair, settings)
     spectrum = base.spectrum(dtype)
     if isinstance(tuned, LowRank):
         tuned = LowRank(tuned.B.to(base.device), tuned.A.to(base.device), tuned.c)
         for factor in (tuned.A, tuned.B):
             if not bool(torch.isfinite(factor).all()):
-                raise _not_finite(factor, f"factors for {pair.tuned_tensor}", pair.tuned.source)
+                raise _refused(factor, f"factors for {pair.tuned_tensor}", pair.tuned.source)
     else:
         tuned = _on(base.device, tuned)
     try:
@@ -170,13 +169,33 @@ def _outcome(label: str, pair: Pair, base: _Base, settings: Settings) -> Outcome
         )
     except NotFiniteError as error:
         assert isinstance(tuned, Tensor)
-        raise _not_finite(tuned, pair.tuned_tensor, pair.tuned.source) from error
+        raise not_finite(tuned, pair, "tuned") from error
+    return compared(label, pair, measured)
+
+
+def compared(label: str, pair: Pair, measured: Measured) -> Outcome:
+    """What was measured, with a note where a side is zero."""
     zero = [side for side in ("base", "tuned") if measured.layer[f"spectral_norm_{side}"] == 0]
     note = "; ".join(filter(None, (pair.note, *(f"the {side} weight is all zero" for side in zero))))
     return Outcome(label, pair, "compared", note, measured)
 
 
-def _identical(one: Tensor, other: Tensor) -> bool:
+def shared(found: Outcome, label: str, pair: Pair) -> Outcome:
+    """The outcome of another model's matrix for one with the same bits; label, pair and note are its own."""
+    assert found.measured
+    return replace(compared(label, pair, found.measured), same_as=found.tuned)
+
+
+def unchanged(label: str, pair: Pair, stored: Tensor) -> Outcome:
+    """The outcome of a matrix that is the base's own. SpectraError where it is not finite."""
+    norm = float(torch.linalg.vector_norm(stored.double()))
+    if not isfinite(norm):  # equal infinities are no weights
+        raise not_finite(stored, pair, "base")
+    return Outcome(label, pair, "unchanged", pair.note, None, {**UNCHANGED, "base_norm": norm})
+
+
+def identical(one: Tensor, other: Tensor) -> bool:
+    """Whether two weights of one shape are the same, stored in the same dtype."""
     if one.dtype != other.dtype:
         return False
     if one.dtype.itemsize == 1:  # torch compares no float8 tensor with itself
@@ -188,8 +207,25 @@ def _on(device: torch.device, weight: Tensor) -> Tensor:
     return weight.to(device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
-def _not_finite(weight: Tensor, tensor: str, source: str) -> SpectraError:
+def not_finite(weight: Tensor, pair: Pair, side: str) -> SpectraError:
+    """The sentence for a weight that holds NaN or infinite entries; side: "base" or "tuned"."""
+    if side == "base":
+        return _refused(weight, pair.matrix.tensor, pair.base.source)
+    return _refused(weight, pair.tuned_tensor, pair.tuned.source)
+
+
+def _refused(weight: Tensor, tensor: str, source: str) -> SpectraError:
     return SpectraError(f"{tensor!r} in {source} holds {describe_not_finite(weight)}; save it again from a sound run")
+
+
+def bits(stored: Tensor, job: Job) -> str:
+    """What identifies the bits of a matrix among the tuned models of a job; nothing where there is only one."""
+    return key_of(stored, stored.dtype) if len(job.pairs) > 1 else ""
+
+
+def failed(error: BaseException, label: str, pair: Pair, side: str | None = None) -> Outcome:
+    """The outcome of a pair that could not be measured, with the reason; side: "base" where that could not be read."""
+    return Outcome(label, pair, "failed", _reason(error, side or label, pair), None)
 
 
 def _reason(error: BaseException, side: str, pair: Pair) -> str:

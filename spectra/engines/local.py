@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
 
 Job = TypeVar("Job")
+Place = TypeVar("Place")
 Result = TypeVar("Result")
 
 
@@ -44,6 +46,27 @@ def run(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Ite
                 yield from _run_threads(work, jobs, workers)
     finally:
         torch.set_num_threads(threads_before)
+
+
+def run_on(
+    work: Callable[[Job, Place], Result], jobs: Sequence[Job], places: Sequence[Place]
+) -> Iterator[tuple[int, Result]]:
+    """`run` with a worker for each of the places (devices, as a rule): `work(job, place)` has its place to itself.
+
+    A place that is named twice has two workers.
+    """
+    free: SimpleQueue[Place] = SimpleQueue()
+    for place in places:
+        free.put(place)
+
+    def placed(job: Job) -> Result:
+        place = free.get()
+        try:
+            return work(job, place)
+        finally:
+            free.put(place)
+
+    return run(placed, jobs, len(places))
 
 
 def _run_threads(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, Result]]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import sqrt
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spectra.linalg.batched import AnySpectrum, matmul
 from spectra.linalg.lowrank import LowRank
-from spectra.linalg.products import matmul
+from spectra.linalg.projected import Projected, project
 from spectra.linalg.svd import Spectrum
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ BLOCK = 256  # rows of C that are reduced at once
 @dataclass(frozen=True)
 class Decomposition:
     """An update D split over the k components of its base. Arrays are (k,) float64 unless said otherwise.
+
+    Of a stack of b updates every array but `slice_bounds` has a leading dimension b, and so have the shares.
 
     Attributes (symbols as in `spectra/definitions.md`):
         diagonal: C_ii, in the units of the weight.   relative_diagonal: C_ii / s_i.
@@ -57,41 +61,42 @@ class Decomposition:
     stability: Array
     rotation: Array
     gap: Array
-    update_energy: float
+    update_energy: Array
     size: int
     slice_bounds: NDArray[np.intp]
     block_energy: Array
     cross_energy: Array
 
     @property
-    def diagonal_share(self) -> float:
+    def diagonal_share(self) -> Array:
         """sum_i C_ii^2 / ||D||_F^2; 0 where D = 0."""
-        return _share(np.dot(self.diagonal, self.diagonal), self.update_energy)
+        return _share((self.diagonal * self.diagonal).sum(-1), self.update_energy)
 
     @property
-    def off_diagonal_share(self) -> float:
+    def off_diagonal_share(self) -> Array:
         """sum_{i != j} C_ij^2 / ||D||_F^2; 0 where D = 0."""
-        return _share(self.row_energy.sum(), self.update_energy)
+        return _share(self.row_energy.sum(-1), self.update_energy)
 
     @property
-    def outside_share(self) -> float:
+    def outside_share(self) -> Array:
         """||E||_F^2 / ||D||_F^2; 0 where D = 0."""
-        return _share(self.outside_energy.sum(), self.update_energy)
+        return _share(self.outside_energy.sum(-1), self.update_energy)
 
     @property
-    def diagonal_enrichment(self) -> float:
+    def diagonal_enrichment(self) -> Array:
         """diagonal_share x max(m, n): 1 is what independent random entries give."""
         return self.diagonal_share * self.size
 
 
 def decompose(
-    base: Spectrum, update: Tensor | LowRank, slices: int = 8, gram: Tensor | None = None, rotation: bool = True
+    base: AnySpectrum, update: Tensor | LowRank, slices: int = 8, gram: Tensor | None = None, rotation: bool = True
 ) -> Decomposition:
     """Split an update into singular-value changes and direction changes (LbnL, Eqs. 6-7, in our reading).
 
     Args:
-        base: the spectrum of W (m x n).
-        update: D = W' - W (m x n), of the spectrum's dtype and device, or its factors; then D is never formed.
+        base: the spectrum of W (m x n), or of a stack of b such matrices.
+        update: D = W' - W (m x n, or b x m x n), of the spectrum's dtype and device; or, for one matrix, its factors:
+            then D is never formed.
         slices: into how many slices of neighbouring components the k components are cut for block and cross energies.
         rotation: False leaves it out (NaN) for a low-rank update, which spares the only work that grows with k^2.
         gram: the lower triangle of the Gram matrix of D on the short side where the caller has it; saves 2 p^2 q flops.
@@ -102,33 +107,40 @@ def decompose(
 
     >>> from spectra.linalg.svd import svd
     >>> W = torch.diag(torch.tensor([4.0, 2.0]))
-    >>> round(decompose(svd(W), 0.1 * W).diagonal_share, 9)
+    >>> round(float(decompose(svd(W), 0.1 * W).diagonal_share), 9)
     1.0
     """
-    if tuple(update.shape) != base.shape:
+    if tuple(update.shape[-2:]) != base.shape:
         raise ValueError(f"the update is {tuple(update.shape)}, the base {base.shape}")
     S = base.S.double()
     gap = base.gap
     clustered = _clustered(gap)
-    bounds = np.linspace(0, len(S), min(slices, len(S)) + 1).round().astype(np.intp)
+    k = S.shape[-1]
+    bounds = np.linspace(0, k, min(slices, k) + 1).round().astype(np.intp)
     if isinstance(update, LowRank):
-        factored = _factored_core(base, update)
+        assert isinstance(base, Spectrum)
+        update = project(base, update)
+        factored = _factored_core(update)
         sums = _reduce(factored, S, clustered, bounds) if rotation else _reduce_factored(factored, bounds)
-        update_energy, outside = _factored_energy(update), _factored_outside(base, update, factored)
+        energy = torch.tensor(_factored_energy(update), dtype=torch.float64)
+        outside = _factored_outside(base, update)
     else:
-        norm = float(
-            torch.linalg.vector_norm(update, dtype=torch.float64) if gram is None else torch.trace(gram).sqrt()
-        )
-        scale = _scale(norm, update.dtype)
+        if gram is None:
+            energy = torch.linalg.vector_norm(update, dim=(-2, -1), dtype=torch.float64).square()
+        else:
+            energy = _trace(gram)
+        scale = _scale(energy, update.dtype)
         D = update if scale == 1 else (update.double() / scale).to(update.dtype)
         sums = _reduce(_DenseCore(_dense_core(base, D), scale), S, clustered, bounds)
-        update_energy = norm**2
         outside = _dense_outside(base, D, scale, gram, sums)
-    return _per_component(base, sums, outside.cpu().numpy(), update_energy, gap, bounds)
+    return _per_component(base, sums, outside.cpu().numpy(), energy.cpu().numpy()[()], gap, bounds)
 
 
 class Core(Protocol):
-    """C by blocks: rows [start, stop) of C, and of its transpose, as float64 tensors that the caller may overwrite."""
+    """C by blocks: rows [start, stop) of C, and of its transpose, as float64 tensors that the caller may overwrite.
+
+    (stop - start, k) of one update, (b, stop - start, k) of a stack.
+    """
 
     def rows(self, start: int, stop: int) -> Tensor: ...
 
@@ -137,14 +149,14 @@ class Core(Protocol):
 
 @dataclass(frozen=True)
 class _DenseCore:
-    C: Tensor  # (k, k), of D / scale
+    C: Tensor  # (k, k) or (b, k, k), of D / scale
     scale: float
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self.C[start:stop].to(torch.float64, copy=True).mul_(self.scale)
+        return self.C[..., start:stop, :].to(torch.float64, copy=True).mul_(self.scale)
 
     def columns(self, start: int, stop: int) -> Tensor:
-        return self.C[:, start:stop].T.to(torch.float64, copy=True).mul_(self.scale)
+        return self.C[..., start:stop].mT.to(torch.float64, copy=True).mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ class _FactoredCore:
 
 @dataclass(frozen=True)
 class _Sums:
-    """What is kept of C: everything else of it is dropped."""
+    """What is kept of C: everything else of it is dropped. With a leading dimension b of a stack."""
 
     diagonal: Array  # C_ii
     rows: Array  # sum_{j != i} C_ij^2
@@ -170,100 +182,114 @@ class _Sums:
     blocks: Array  # (slices, slices) energy of each block of C
 
 
-def _dense_core(base: Spectrum, D: Tensor) -> Tensor:
+def _dense_core(base: AnySpectrum, D: Tensor) -> Tensor:
     """C = U^T D V (k x k), the long side contracted first."""
     m, n = base.shape
     if n >= m:
-        return matmul(base.U.T, matmul(D, base.V))  # (m, m)
-    return matmul(matmul(base.U.T, D), base.V)  # (n, n)
+        return matmul(base.U.mT, matmul(D, base.V))  # (m, m)
+    return matmul(matmul(base.U.mT, D), base.V)  # (n, n)
 
 
-def _dense_outside(base: Spectrum, D: Tensor, scale: float, gram: Tensor | None, sums: _Sums) -> Tensor:
+def _dense_outside(base: AnySpectrum, D: Tensor, scale: float, gram: Tensor | None, sums: _Sums) -> Tensor:
     """||E_i||^2 = ||D v_i||^2 - sum_j C_ji^2 (m > n), ||u_i^T D||^2 - sum_j C_ij^2 (n > m). `D` comes over `scale`."""
     m, n = base.shape
     if m == n:
-        return torch.zeros(m, dtype=torch.float64)
+        return torch.zeros(base.S.shape, dtype=torch.float64)
     X = base.V if m > n else base.U  # (p, p): the basis of the short side
     if gram is None:
-        image = matmul(D if m > n else D.T, X)
-        total = (image.double() ** 2).sum(0) * scale**2
+        image = matmul(D if m > n else D.mT, X)
+        total = (image.double() ** 2).sum(-2) * scale**2
     else:
-        norm = max(float(torch.trace(gram)), 1e-300)  # ||D||_F^2: keeps float32 products in range
-        total = _quadratic(gram / norm, X) * norm
+        energy = _trace(gram).clamp(min=1e-300)  # ||D||_F^2: keeps float32 products in range
+        total = _quadratic(gram, X, energy) * energy[..., None]
     inside = torch.from_numpy((sums.columns if m > n else sums.rows) + sums.diagonal**2).to(total.device)
     return (total - inside).clamp(min=0)
 
 
-def _quadratic(lower: Tensor, X: Tensor) -> Tensor:
-    """x_i^T G x_i for the columns of X, from the lower triangle of G."""
-    halved = lower.to(X.dtype, copy=True)
-    halved.diagonal().mul_(0.5)
-    return 2 * (matmul(halved, X).double() * X.double()).sum(0)
+def _quadratic(lower: Tensor, X: Tensor, unit: Tensor | None = None) -> Tensor:
+    """x_i^T G x_i for the columns of X, over `unit`, from the lower triangle of G, a block of its rows at a time."""
+    p = lower.shape[-1]
+    total = torch.zeros(*lower.shape[:-2], X.shape[-1], dtype=torch.float64, device=X.device)
+    for start in range(0, p, BLOCK):
+        here, stop = slice(start, start + BLOCK), min(start + BLOCK, p)
+        rows = lower[..., here, :stop] if unit is None else lower[..., here, :stop] / unit[..., None, None]
+        halved = rows.to(X.dtype, copy=True)  # (block, stop): nothing right of the diagonal
+        torch.diagonal(halved, offset=start, dim1=-2, dim2=-1).mul_(0.5)
+        total += (matmul(halved, X[..., :stop, :]).double() * X[..., here, :]).sum(-2)
+    return 2 * total
 
 
-def _factored_core(base: Spectrum, D: LowRank) -> _FactoredCore:
-    P = D.c * matmul(base.U.T, D.B.to(base.U.dtype)).double()
-    return _FactoredCore(P, matmul(D.A.to(base.V.dtype), base.V).double())
+def _trace(G: Tensor) -> Tensor:
+    return torch.diagonal(G, dim1=-2, dim2=-1).sum(-1)
 
 
-def _factored_outside(base: Spectrum, D: LowRank, core: _FactoredCore) -> Tensor:
-    """E = (c B - U P) Q for m > n and its mirror image for n > m, as squared norms per component."""
+def _factored_core(D: Projected) -> _FactoredCore:
+    return _FactoredCore(D.P, D.Q)
+
+
+def _factored_outside(base: Spectrum, D: Projected) -> Tensor:
+    """E = c (B - U U^T B) Q for m > n and its mirror image for n > m, as squared norms per component."""
     m, n = base.shape
     if m > n:
-        left = D.c * D.B.double() - matmul(base.U, core.P.to(base.U.dtype)).double()  # (m, r)
-        return _quadratic(torch.tril(matmul(left.T, left)), core.Q)
+        left = D.B - matmul(base.U, (D.P / D.c).to(base.U.dtype)).double()  # (m, r)
+        return _quadratic(torch.tril(matmul(left.T, left)), D.Q) * D.c**2
     if n > m:
-        right = D.A.double() - matmul(core.Q.to(base.V.dtype), base.V.T).double()  # (r, n)
-        return _quadratic(torch.tril(matmul(right, right.T)), core.P.T.contiguous())
+        right = D.A.T - matmul(base.V, D.Q.T.to(base.V.dtype)).double()  # (n, r)
+        return _quadratic(torch.tril(matmul(right.T, right)), D.P.T.contiguous())
     return torch.zeros(m, dtype=torch.float64)
 
 
-def _factored_energy(D: LowRank) -> float:
-    """||c B A||_F^2 = ||c R_B R_A^T||_F^2: exact also where two products of factors nearly cancel."""
-    return float(torch.linalg.vector_norm(D.core())) ** 2
+def _factored_energy(D: Projected) -> float:
+    """||D||_F^2: exact also where two products of factors nearly cancel."""
+    return float(torch.linalg.vector_norm(D.values)) ** 2
 
 
-def _scale(norm: float, dtype: torch.dtype) -> float:
-    """A power of two near ||D||_F where float32 products of D would leave the range of float32, else 1."""
-    if dtype == torch.float64 or norm == 0 or 1e-12 < norm < 1e12:
+def _scale(energy: Tensor, dtype: torch.dtype) -> float:
+    """A power of two near ||D||_F where float32 products of D would leave the range of float32, else 1.
+
+    Stacks are float64, and have no need of it.
+    """
+    if dtype == torch.float64:
+        return 1.0
+    norm = sqrt(float(energy))
+    if norm == 0 or 1e-12 < norm < 1e12:
         return 1.0
     return float(2.0 ** np.round(np.log2(norm)))
 
 
 def _clustered(gap: Array) -> NDArray[np.bool_]:
     """Whether component i lies within CLUSTER_GAP of a neighbour."""
-    close = np.append(~(gap[:-1] >= CLUSTER_GAP), False)
-    return close | np.roll(close, 1)
+    close = ~(gap >= CLUSTER_GAP)
+    close[..., -1] = False  # the last one has no next one
+    return close | np.roll(close, 1, axis=-1)
 
 
 def _reduce(core: Core, S: Tensor, clustered: NDArray[np.bool_], bounds: NDArray[np.intp]) -> _Sums:
     """Row, column and block sums of C_ij^2 and t_ij^2 in float64, a block of rows at a time."""
-    k = len(S)
-    in_slice = torch.zeros(
-        k, len(bounds) - 1, dtype=torch.float64, device=S.device
-    )  # 1 where component i is in slice a
+    k, stack = S.shape[-1], S.shape[:-1]
+    in_slice = torch.zeros(*stack, k, len(bounds) - 1, dtype=torch.float64, device=S.device)  # 1: component i is in a
     for index, (low, high) in enumerate(pairwise(bounds)):
-        in_slice[low:high, index] = 1.0
-    diagonal, rows, columns, turned = (torch.zeros(k, dtype=torch.float64, device=S.device) for _ in range(4))
-    blocks = torch.zeros(len(bounds) - 1, len(bounds) - 1, dtype=torch.float64, device=S.device)
+        in_slice[..., low:high, index] = 1.0
+    diagonal, rows, columns, turned = torch.zeros(4, *stack, k, dtype=torch.float64, device=S.device)
+    blocks = torch.zeros(*stack, len(bounds) - 1, len(bounds) - 1, dtype=torch.float64, device=S.device)
     for start in range(0, k, BLOCK):
         here = slice(start, start + BLOCK)
-        C, C_transposed = (
-            core.rows(start, start + BLOCK),
-            core.columns(start, start + BLOCK),
-        )  # (block, k), C_ij and C_ji
-        diagonal[here] = C.diagonal(start)
-        C.diagonal(start).zero_()
-        angles = C_transposed.mul_(S[here, None]).addcmul_(C, S)  # s_i C_ji + s_j C_ij
-        angles /= (S[here, None] - S) * (S[here, None] + S)
-        angles.diagonal(start).zero_()
-        turned[here] = angles.square_().sum(1)
+        C, C_transposed = core.rows(start, start + BLOCK), core.columns(start, start + BLOCK)  # (block, k), C_ij, C_ji
+        own = torch.diagonal(C, start, -2, -1)
+        diagonal[..., here] = own
+        own.zero_()
+        s_i, s_j = S[..., here, None], S[..., None, :]
+        angles = C_transposed.mul_(s_i).addcmul_(C, s_j)  # s_i C_ji + s_j C_ij
+        angles /= (s_i - s_j) * (s_i + s_j)
+        torch.diagonal(angles, start, -2, -1).zero_()
+        turned[..., here] = angles.square_().sum(-1)
         squares = C.square_()
         by_slice = matmul(squares, in_slice)  # (block, slices)
-        rows[here] = by_slice.sum(1)
-        columns += squares.sum(0)
-        blocks += matmul(in_slice[here].T, by_slice)
-    blocks += torch.diag(matmul(in_slice.T, diagonal[:, None] ** 2).flatten())
+        rows[..., here] = by_slice.sum(-1)
+        columns += squares.sum(-2)
+        blocks += matmul(in_slice[..., here, :].mT, by_slice)
+    within = torch.diagonal(blocks, dim1=-2, dim2=-1)
+    within += matmul(in_slice.mT, diagonal[..., None] ** 2)[..., 0]
     sums = (diagonal, rows, columns, turned, blocks)
     result = _Sums(*(each.cpu().numpy() for each in sums))
     result.turned[clustered] = np.nan
@@ -284,22 +310,23 @@ def _reduce_factored(core: _FactoredCore, bounds: NDArray[np.intp]) -> _Sums:
 
 
 def _per_component(
-    base: Spectrum, sums: _Sums, outside: Array, update_energy: float, gap: Array, bounds: NDArray[np.intp]
+    base: AnySpectrum, sums: _Sums, outside: Array, update_energy: Array, gap: Array, bounds: NDArray[np.intp]
 ) -> Decomposition:
     m, n = base.shape
     s = base.S.cpu().numpy()
     C_ii, row, column = sums.diagonal, sums.rows, sums.columns
     moved = s + C_ii
-    known = s > max(m, n) * np.finfo(np.float64).eps * s[0]  # the directions of zeros are the solver's choice
-    with np.errstate(divide="ignore", invalid="ignore"):
+    known = s > max(m, n) * np.finfo(np.float64).eps * s[..., :1]  # the directions of zeros are the solver's choice
+    energy = np.asarray(update_energy)[..., None]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         relative = np.where(known, C_ii / s, np.nan)
         left = moved / np.sqrt(moved**2 + column + (outside if m > n else 0.0))  # cos(W' v_i, u_i)
         right = moved / np.sqrt(moved**2 + row + (outside if n > m else 0.0))  # cos(W'^T u_i, v_i)
         left, right = np.where(known, left, np.nan), np.where(known, right, np.nan)
         leaving = outside / s**2 if m > n else 0.0
         rotation = np.where(known, np.sqrt(sums.turned + leaving), np.nan)
-    share = (C_ii**2 + (row + column) / 2 + outside) / update_energy if update_energy > 0 else np.zeros_like(s)
-    within = np.diagonal(sums.blocks).copy()
+        share = np.where(energy > 0, (C_ii**2 + (row + column) / 2 + outside) / energy, 0.0)
+    within = np.diagonal(sums.blocks, axis1=-2, axis2=-1).copy()
     return Decomposition(
         diagonal=C_ii,
         relative_diagonal=relative,
@@ -316,9 +343,11 @@ def _per_component(
         size=max(m, n),
         slice_bounds=bounds,
         block_energy=within,
-        cross_energy=sums.blocks.sum(0) + sums.blocks.sum(1) - 2 * within,
+        cross_energy=sums.blocks.sum(-2) + sums.blocks.sum(-1) - 2 * within,
     )
 
 
-def _share(energy: float | np.float64, total: float) -> float:
-    return float(energy / total) if total > 0 else 0.0
+def _share(energy: Array, total: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share: Array = np.where(total > 0, np.divide(energy, total), 0.0)
+    return share[()]

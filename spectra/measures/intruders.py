@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from spectra.linalg.products import matmul
+from spectra.linalg.batched import AnySpectrum, AnyTriplets, matmul
 from spectra.linalg.svd import Spectrum
 from spectra.linalg.triplets import Triplets
 
@@ -52,15 +52,27 @@ def intruders(
     Triplets whose singular value is zero to rounding have no direction and are not counted.
     Cost: 2 d k p flops, d the length of a vector, p = min(m, n).
     """
+    best, partner = best_cosines(base, tuned, k, side)
+    known = ~np.isnan(best)
+    best, partner, s = best[known], partner[known], tuned.S.cpu().numpy()
+    index = np.flatnonzero(best < epsilon)
+    basis = base.U if side == "left" else base.V
+    return Intruders(index, s[index], best, partner, random_cosine(basis.shape[0], basis.shape[1]))
+
+
+def best_cosines(
+    base: AnySpectrum, tuned: AnyTriplets, k: int, side: Literal["left", "right"] = "left"
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """max_i |<u_i, y_j>| of the top k triplets, and the i that attains it: (k,) each, (b, k) of a stack.
+
+    NaN for triplets whose singular value is zero to rounding, at the end.
+    """
     basis, vectors = (base.U, tuned.Y) if side == "left" else (base.V, tuned.Z)
-    s = tuned.S.cpu().numpy()
-    k = min(k, vectors.shape[1])
-    k = int((s[:k] > max(base.shape) * np.finfo(np.float32).eps * s[0]).sum())
-    cosines = matmul(basis.T, vectors[:, :k].to(basis.dtype)).abs()  # (p, k)
-    best = cosines.max(0) if k else torch.zeros(2, 0, dtype=torch.int64)
-    best_cosine, partner = best[0].double().cpu().numpy(), best[1].cpu().numpy()
-    index = np.flatnonzero(best_cosine < epsilon)
-    return Intruders(index, s[index], best_cosine, partner, random_cosine(basis.shape[0], basis.shape[1]))
+    s = tuned.S[..., : min(k, vectors.shape[-1])]
+    has_direction = s > max(base.shape) * torch.finfo(torch.float32).eps * s[..., :1]
+    Y = vectors[..., : s.shape[-1]].to(basis.dtype).contiguous()
+    best, partner = matmul(basis.mT, Y).abs().max(-2)  # (p, k), its maximum over p
+    return torch.where(has_direction, best.double(), torch.nan).cpu().numpy(), partner.cpu().numpy()
 
 
 def random_cosine(dimension: int, count: int) -> float:

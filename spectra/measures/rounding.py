@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
 
 BLOCK = 1 << 16  # entries at a time: what is made of them stays in the processor's cache
 FLOOR_FACTOR = 3.0  # an update under this many floors is mostly rounding
@@ -14,7 +20,7 @@ FLOOR_FACTOR = 3.0  # an update under this many floors is mostly rounding
 
 @dataclass(frozen=True)
 class Rounding:
-    """What storage does to one pair.
+    """What storage does to a pair; () of one pair, (b,) of a stack.
 
     Attributes:
         floor: the expected norm of the rounding noise in D, relative to ||W||_F.
@@ -22,9 +28,9 @@ class Rounding:
         unmoved_share: the share of entries with |D_ij| <= ulp(W_ij), in the coarser of the two dtypes.
     """
 
-    floor: float
-    tuned_floor: float
-    unmoved_share: float
+    floor: Array
+    tuned_floor: Array
+    unmoved_share: Array
 
 
 def rounding(W: Tensor, D: Tensor, base_dtype: torch.dtype, tuned_dtype: torch.dtype) -> Rounding:
@@ -33,24 +39,31 @@ def rounding(W: Tensor, D: Tensor, base_dtype: torch.dtype, tuned_dtype: torch.d
     An entry w stored with spacing ulp(w) is off by a uniform error of variance ulp(w)^2 / 12; base and tuned add up.
     For Gaussian weights the floor is 1.7e-3 for one bfloat16 side, 2.1e-4 for float16, 2.5e-8 for float32.
 
-    Args: W and D = W' - W, both (m, n) in float32 or float64; the dtypes as stored.   A zero W has floor 0.
+    Args: W and D = W' - W, both (m, n) or (b, m, n), in float32 or float64; the dtypes as stored. A zero W has floor 0.
     """
     coarse = base_dtype if torch.finfo(base_dtype).eps >= torch.finfo(tuned_dtype).eps else tuned_dtype
     fine = tuned_dtype if coarse == base_dtype else base_dtype
-    unmoved, noise_energy, tuned_energy, energy = 0, 0.0, 0.0, 0.0
-    step = max(1, BLOCK // W.shape[1])
-    for start in range(0, W.shape[0], step):
-        W_rows, D_rows = W[start : start + step], D[start : start + step]
+    m, n = W.shape[-2:]
+    unmoved, noise_energy, tuned_energy, energy = torch.zeros(4, *W.shape[:-2], dtype=torch.float64, device=W.device)
+    step = max(1, BLOCK // n)
+    for start in range(0, m, step):
+        W_rows, D_rows = W[..., start : start + step, :], D[..., start : start + step, :]
         power = _power_of_two(W_rows)
         spacing = _spacing(W_rows, power, coarse)
-        unmoved += int(torch.count_nonzero(D_rows.abs() <= spacing))
+        unmoved += torch.count_nonzero(D_rows.abs() <= spacing, dim=(-2, -1))
         coarse_noise = _energy(spacing)
         fine_noise = coarse_noise if fine == coarse else _energy(_spacing(W_rows, power, fine))
         noise_energy += coarse_noise + fine_noise
         tuned_energy += coarse_noise if tuned_dtype == coarse else fine_noise
         energy += _energy(W_rows)
-    both, tuned = (sqrt(noise / 12 / energy) if energy > 0 else 0.0 for noise in (noise_energy, tuned_energy))
-    return Rounding(both, tuned, unmoved / D.numel())
+    both, tuned = (_relative(noise, energy) for noise in (noise_energy, tuned_energy))
+    return Rounding(both, tuned, (unmoved / (m * n)).cpu().numpy()[()])
+
+
+def _relative(noise: Tensor, energy: Tensor) -> Array:
+    """sqrt(noise / 12 / energy), 0 where there is no energy."""
+    floor: Array = torch.where(energy > 0, noise / 12 / energy, 0.0).sqrt().cpu().numpy()
+    return floor[()]
 
 
 def _power_of_two(W: Tensor) -> Tensor:
@@ -68,5 +81,6 @@ def _spacing(W: Tensor, power: Tensor, dtype: torch.dtype) -> Tensor:
     return power * kind.eps
 
 
-def _energy(X: Tensor) -> float:
-    return float(torch.linalg.vector_norm(X, dtype=torch.float64)) ** 2
+def _energy(X: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1), dtype=torch.float64)
+    return norm.square()
