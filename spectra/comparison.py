@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
     from spectra.report.diagnosis import Finding
     from spectra.report.plots import Plots
+    from spectra.shift import CovarianceShift
 
 FORMAT = 1
 TABLES = ("layers", "components", "slices", "unmatched")
 PROVENANCE = "comparison.json"
+NULLABLE = {"samples": "Int64", "directions": "Int64", "centred": "boolean"}  # of a shift, missing on rows without one
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,62 @@ class Comparison:
 
         return Plots(self)
 
+    def join(self, shift: CovarianceShift, tuned: str | None = None) -> Comparison:
+        """The same comparison with the columns of a covariance shift of the same two models.
+
+        `layers` and `components` gain them on the rows of the matrices that both have, other rows are missing there;
+        the shift's `diagonal` becomes `shift_diagonal`. Columns of an earlier join are written over for this tuned
+        model. A matrix whose weight did not change has no components in a comparison and gets none; its inherited shift
+        stands in `layers`.
+
+        Args:
+            shift: with `basis="weight"`, whose directions are the components of a comparison.
+            tuned: the label of the tuned model that the shift is of; may be left out where there is one.
+        Raises: SpectraError for another basis, an unknown label, and where no matrix is in both.
+
+        >>> import torch, spectra
+        >>> base, tuned = {"fc.weight": torch.eye(2)}, {"fc.weight": torch.diag(torch.tensor([2.0, 1.0]))}
+        >>> joined = spectra.compare(base, tuned).join(spectra.covariance_shift(base, tuned))
+        >>> float(joined.components["shift_diagonal"].max().round(6))
+        3.0
+        """
+        label = self._label_of(tuned)
+        basis = shift.provenance.get("basis")
+        if basis != "weight":
+            raise SpectraError(
+                f"the shift is written in the basis {basis!r}, whose directions are not the components of a "
+                "comparison; compute it with basis='weight' to join it"
+            )
+        if not set(shift.layers["name"]) & set(self.layers.loc[self.layers["tuned"] == label, "name"]):
+            raise SpectraError(
+                f"the shift and the comparison of {label!r} have no matrix in common; "
+                "join the shift of the same two models"
+            )
+        said = ["tensor", "part", "role", "layer", "rows", "columns", "note"]  # by the comparison itself
+        layers = shift.layers.drop(columns=said).astype(NULLABLE)
+        components = shift.components.rename(columns={"diagonal": "shift_diagonal"})
+        return replace(
+            self,
+            layers=_joined(self.layers, layers, label, ["name"]),
+            components=_joined(self.components, components, label, ["name", "component"]),
+            provenance={
+                **self.provenance,
+                "shifts": {**self.provenance.get("shifts", {}), label: dict(shift.provenance)},
+            },
+        )
+
+    def _label_of(self, tuned: str | None) -> str:
+        labels = list(dict.fromkeys(self.layers["tuned"]))
+        if tuned is None and len(labels) == 1:
+            return str(labels[0])
+        if tuned is None or tuned not in labels:
+            said = "none was named" if tuned is None else f"{tuned!r} is none of them"
+            raise SpectraError(
+                f"the comparison is of {', '.join(map(repr, labels))} and {said}; "
+                "say with `tuned` which of them the shift is of"
+            )
+        return tuned
+
     def _repr_html_(self) -> str:
         from spectra.report.page import summary_html
 
@@ -94,6 +152,18 @@ class Comparison:
                 "free some space or choose another folder"
             ) from error
         return target
+
+
+def _joined(table: pd.DataFrame, more: pd.DataFrame, label: str, keys: list[str]) -> pd.DataFrame:
+    """`table` with the columns of `more` on the rows of one tuned model; those of other models keep what they have."""
+    added = [column for column in more.columns if column not in keys]
+    here = table["tuned"] == label
+    found = table.loc[here, keys].merge(more, on=keys, how="left", validate="one_to_one")[added]
+    found.index = table.index[here]
+    filled = table.drop(columns=added, errors="ignore").join(found)
+    for column in set(added) & set(table.columns):
+        filled[column] = filled[column].where(here, table[column])
+    return filled
 
 
 def load(folder: str | os.PathLike[str]) -> Comparison:

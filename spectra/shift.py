@@ -1,0 +1,241 @@
+"""The result of a feature-covariance shift: tables, the matrices Delta, and where they came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any, Literal
+
+from spectra.atomic import replacing
+from spectra.errors import SpectraError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from spectra.report.shift_plots import ShiftPlots
+
+FORMAT = 1
+TABLES = ("layers", "components", "slices", "unmatched", "functional")
+PROVENANCE = "covariance_shift.json"
+MATRICES = "shift_matrices"
+
+Part = Literal["total", "own", "inherited"]
+
+
+class KeptMatrices:
+    """The k x k matrices of the shift on disk, a file per weight matrix: own and inherited part, float64.
+
+    Attributes:
+        folder: where the files are.
+        files: name of the weight matrix -> name of its file.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, str]) -> None:
+        self.folder, self.files = folder, dict(files)
+
+    @classmethod
+    def temporary(cls) -> KeptMatrices:
+        """An empty store in a temporary folder, which is removed with the result."""
+        folder = Path(mkdtemp(prefix="spectra-shift-"))
+        found = cls(folder, {})
+        weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
+        return found
+
+    def keep(self, name: str, own: Tensor, inherited: Tensor | None) -> None:
+        """Write the parts of one weight matrix's shift, (k, k) each; `inherited` None where there is none."""
+        from safetensors.torch import save_file
+
+        parts = {"own": own} if inherited is None else {"own": own, "inherited": inherited}
+        file = f"{len(self.files):05d}.safetensors"
+        self.files[name] = file  # named first: several threads keep matrices at once
+        with _writable(self.folder), replacing(self.folder / file) as path:
+            save_file({part: X.cpu().contiguous() for part, X in parts.items()}, path)
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The parts that were kept of one weight matrix."""
+        from safetensors.torch import load_file
+
+        path = self.folder / self.files[name]
+        try:
+            return load_file(path)
+        except (OSError, ValueError) as error:
+            raise SpectraError(
+                f"the shift of {name!r} cannot be read from {path}: {error}; compute it again"
+            ) from error
+
+    def copy(self, folder: Path, names: Iterable[str]) -> dict[str, str]:
+        """Copy the files of `names` into `folder`; returns name -> file."""
+        folder.mkdir(parents=True, exist_ok=True)
+        copied = {name: self.files[name] for name in names}
+        for file in copied.values():
+            if (self.folder / file).resolve() != (folder / file).resolve():
+                with replacing(folder / file) as path:
+                    shutil.copyfile(self.folder / file, path)
+        return copied
+
+
+@dataclass(frozen=True)
+class CovarianceShift:
+    """How fine-tuning shifted the covariance of every layer's features: Delta = Q^T (Sigma'_Y - Sigma_Y) Q.
+
+    *Least but not Last* (Quercia, Bangun, Assent, Scharr, arXiv 2602.03493), Eq. 11, in our reading. Every column is
+    defined in `spectra/definitions.md`.
+
+    Attributes:
+        layers: a row per weight matrix: samples, variances, size of the shift, its own and inherited shares, CKA and
+            Bures-Wasserstein distance of the features.
+        components: a row per (matrix, direction of Q): variance, diagonal, off_diagonal_energy, own_diagonal,
+            inherited_diagonal, and each over trace(Sigma_Y) as `normalised_...`.
+        slices: a row per (matrix, slice of directions): its share of the variance and of the shift.
+        unmatched: what was not measured: name, side, reason.
+        functional: a row per sample, as `FunctionalCheck.result` gives it; empty where no model was asked.
+        provenance: what was measured and how: mode, basis, centred, samples, versions, notes.
+    """
+
+    layers: pd.DataFrame
+    components: pd.DataFrame
+    slices: pd.DataFrame
+    unmatched: pd.DataFrame
+    functional: pd.DataFrame
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    matrices: KeptMatrices | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        how = ", ".join(str(self.provenance.get(key, "?")) for key in ("mode", "basis"))
+        return f"CovarianceShift({len(self.layers)} matrices, {how}, {self.provenance.get('samples', 0)} samples)"
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the weight matrices, in reading order."""
+        return list(self.layers["name"])
+
+    def matrix(self, name: str, part: Part = "total") -> Tensor:
+        """Delta (k x k, float64) of a weight matrix: row and column i belong to direction i of Q.
+
+        Args:
+            name: of the weight matrix, as in `layers`.
+            part: "own": what this layer's own weights moved; "inherited": what came in through its inputs; "total".
+        Raises: SpectraError for an unknown name or part, and for a matrix that was not kept.
+
+        >>> import torch, spectra
+        >>> base = {"fc.weight": torch.diag(torch.tensor([2.0, 1.0]))}
+        >>> tuned = {"fc.weight": torch.diag(torch.tensor([3.0, 1.0]))}
+        >>> spectra.covariance_shift(base, tuned).matrix("fc.weight").abs().round(decimals=6).tolist()
+        [[5.0, 0.0], [0.0, 0.0]]
+        """
+        if part not in ("total", "own", "inherited"):
+            raise SpectraError(f"{part!r} is no part of a shift; give 'total', 'own' or 'inherited'")
+        if name not in self.names:
+            raise SpectraError(f"the shift holds no matrix {name!r}; {_first_names(self.names)}")
+        if self.matrices is None or name not in self.matrices.files:
+            raise SpectraError(
+                f"the matrix of the shift of {name!r} was not kept; "
+                "compute the shift again with a pattern in `matrices` that names it, and save it with `matrices` too"
+            )
+        parts = self.matrices.read(name)
+        own = parts["own"]
+        inherited = parts.get("inherited")
+        if part == "own":
+            return own
+        if inherited is None:
+            return own if part == "total" else own.new_zeros(own.shape)
+        return own + inherited if part == "total" else inherited
+
+    @property
+    def plot(self) -> ShiftPlots:
+        """The pictures of this shift: each method returns matplotlib Axes and takes `ax=`."""
+        from spectra.report.shift_plots import ShiftPlots
+
+        return ShiftPlots(self)
+
+    def save(self, folder: str | os.PathLike[str], matrices: str | Iterable[str] = ()) -> Path:
+        """Write the tables (`shift_*.parquet`) and `covariance_shift.json` into `folder`, each file atomically.
+
+        The folder may be that of a saved `Comparison`: no file has the name of one of its own.
+
+        Args:
+            matrices: globs on the names of the weight matrices whose Delta is written too, k^2 x 16 bytes each; "*" for
+                all. By default none is.
+        Returns: the folder.   Raises: SpectraError where it cannot be written.
+
+        >>> import tempfile, torch, spectra
+        >>> shift = spectra.covariance_shift({"fc.weight": torch.eye(2)}, {"fc.weight": 2 * torch.eye(2)})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = spectra.CovarianceShift.load(shift.save(folder))
+        >>> again.layers.equals(shift.layers)
+        True
+        """
+        target = Path(folder)
+        patterns = [matrices] if isinstance(matrices, str) else list(matrices)
+        kept = self.matrices.files if self.matrices else {}
+        chosen = [name for name in kept if any(_matches(name, pattern) for pattern in patterns)]
+        with _writable(target):
+            target.mkdir(parents=True, exist_ok=True)
+            for table in TABLES:
+                with replacing(target / f"shift_{table}.parquet") as path:
+                    getattr(self, table).to_parquet(path, index=False)
+            files = self.matrices.copy(target / MATRICES, chosen) if self.matrices and chosen else {}
+            with replacing(target / PROVENANCE) as path:
+                text = json.dumps({"format": FORMAT, **self.provenance, "matrices": files}, indent=2, default=str)
+                path.write_text(text + "\n", encoding="utf-8")
+        return target
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> CovarianceShift:
+        """Read a saved shift. Needs neither the models nor the data that it was made from.
+
+        Raises `SpectraError` where `folder` holds none, or one of a later format.
+        """
+        import pandas as pd
+
+        source = Path(folder)
+        try:
+            provenance = json.loads((source / PROVENANCE).read_text(encoding="utf-8"))
+            if not isinstance(provenance, dict) or provenance.pop("format", None) != FORMAT:
+                raise SpectraError(
+                    f"{source / PROVENANCE} is not of format {FORMAT}, which this version of spectra reads; "
+                    "run `spectra covariance` again"
+                )
+            tables = {table: pd.read_parquet(source / f"shift_{table}.parquet") for table in TABLES}
+        except FileNotFoundError as error:
+            raise SpectraError(
+                f"{source} holds no saved covariance shift ({Path(str(error.filename)).name} is missing); "
+                "give the folder that `spectra covariance --out` wrote"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise SpectraError(
+                f"the covariance shift in {source} cannot be read: {error}; run `spectra covariance` again"
+            ) from error
+        files = provenance.pop("matrices", {})
+        return cls(**tables, provenance=provenance, matrices=KeptMatrices(source / MATRICES, files))
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Turn an `OSError` while writing into a sentence that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise SpectraError(
+            f"cannot write the covariance shift into {folder}: {error.strerror or error}; "
+            "free some space or choose another folder"
+        ) from error
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a glob names a matrix; the brackets of a part (`[q]`) stand for themselves as well."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, pattern.replace("[", "[[]"))
+
+
+def _first_names(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return f"it holds {shown}{', ...' if len(names) > 3 else ''}" if names else "it is empty"
