@@ -14,6 +14,7 @@ from spectra.errors import SpectraError
 
 if TYPE_CHECKING:
     from spectra.comparison import Comparison
+    from spectra.shift import CovarianceShift
 
 PICTURES = "pictures"  # a folder of our own below --out, so that those of an earlier run can be cleared away
 
@@ -69,6 +70,58 @@ def _save(result: Comparison, folder: Path, pictures: bool) -> None:
             for earlier in set((folder / PICTURES).glob("*.png")) - set(drawn):
                 earlier.unlink()
             write_page(result, folder, drawn)
+        except OSError as error:
+            raise SpectraError(
+                f"the tables are complete in {folder}, but its pictures could not be written: "
+                f"{error.strerror or error}; free some space and run `spectra report {folder}`"
+            ) from error
+
+
+def finish_shift(
+    result: CovarianceShift,
+    *,
+    out: Path | None,
+    pictures: bool,
+    as_json: bool,
+    quiet: bool,
+    top: int,
+    matrices: tuple[str, ...] = (),
+) -> None:
+    """Write the shift into `out`, then print it: also where writing fails, which is raised afterwards.
+
+    Args:
+        matrices: globs on the matrices whose Delta is kept; those of the pictures are kept too.
+    """
+    failure: SpectraError | None = None
+    if out is not None:
+        try:
+            _save_shift(result, out, pictures, matrices)
+        except SpectraError as error:
+            failure, out = error, out if (out / "covariance_shift.json").exists() else None
+    if as_json:
+        from spectra.report.shift_tables import shift_to_json
+
+        json.dump(shift_to_json(result, top), sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    elif not quiet:
+        from spectra.report.shift_tables import print_shift
+
+        print_shift(result, Console(), top=top, out=out)
+    sys.stdout.flush()
+    if failure is not None:
+        raise failure
+
+
+def _save_shift(result: CovarianceShift, folder: Path, pictures: bool, matrices: tuple[str, ...]) -> None:
+    """Write tables, then pictures."""
+    from spectra.report.shift_plots import FOLDER, close_ups, save_shift_pictures
+
+    result.save(folder, (*matrices, *close_ups(result)) if pictures else matrices)
+    if pictures:
+        try:
+            drawn = save_shift_pictures(result, folder / FOLDER)
+            for earlier in set((folder / FOLDER).glob("*.png")) - set(drawn):
+                earlier.unlink()
         except OSError as error:
             raise SpectraError(
                 f"the tables are complete in {folder}, but its pictures could not be written: "
