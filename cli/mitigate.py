@@ -1,0 +1,80 @@
+"""`spectra mitigate`."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .edit import finish_edit
+from .intruders import Side
+from .options import AsJson, Exclude, Include, Quiet, Transposed, Workers
+from .progress import progress_bar
+
+
+class Which(enum.StrEnum):
+    """How many intruders of each matrix."""
+
+    top = "top"
+    all = "all"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(no_args_is_help=True)(mitigate)
+
+
+def mitigate(
+    base: Annotated[str, typer.Argument(help="The base: a checkpoint file, a model folder, or a cached hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The tuned model, or a PEFT adapter folder of the base.")],
+    out: Annotated[Path, typer.Option(help="The folder to write, in the tuned one's own format.")],
+    factor: Annotated[
+        float, typer.Option("--lambda", help="What intruders' singular values are multiplied by: 1 none, 0 removed.")
+    ] = 0.7,
+    which: Annotated[Which, typer.Option(help="The first intruder of each matrix, as published, or all.")] = Which.top,
+    k: Annotated[int, typer.Option("--k", "-k", help="Leading directions that are looked at.", min=1)] = 10,
+    epsilon: Annotated[
+        float, typer.Option(help="A direction with no base cosine above this is an intruder.", min=0, max=1)
+    ] = 0.5,
+    side: Annotated[
+        Side, typer.Option(help="Output directions (left), input directions (right), or both.")
+    ] = Side.left,
+    keep_spread: Annotated[
+        bool, typer.Option("--keep-spread", help="Leave alone what only spread over a cluster of base directions.")
+    ] = False,
+    control: Annotated[
+        bool, typer.Option("--control", help="Scale as many base directions of like strength in place of intruders.")
+    ] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    transposed: Transposed = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    workers: Workers = None,
+    cache: Annotated[Path | None, typer.Option(help="Keep the base's spectra in this folder for later runs.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier edit left in the folder.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Scale the intruder dimensions of a tuned model, exactly, and write it in its own format.
+
+    W'(lambda) = W' + (lambda - 1) sum s'_j y_j z_j^T over the intruders of each matrix. An adapter stays an adapter, of
+    exact rank r + (number of intruders). Everything else is copied to the bit. The table counts intruders before and
+    after: taking some out can bring others up.
+
+    Examples:
+
+      spectra mitigate base/ tuned/ --lambda 0.7 --which top --out mitigated/
+
+      spectra mitigate base/ lora-adapter/ --lambda 0 --which all --out without-intruders/
+    """
+    from spectra.editing import mitigate as mitigate_checkpoint
+
+    with progress_bar(quiet or as_json, "mitigating") as progress:
+        result = mitigate_checkpoint(
+            base, tuned, out, factor=factor, which=which.value, k=k, epsilon=epsilon, side=side.value,
+            keep_spread=keep_spread, control=control, include=include or (), exclude=exclude or (),
+            transposed=transposed or None, device=device, workers=workers, cache=cache, force=force, progress=progress,
+        )  # fmt: skip
+    finish_edit(result, as_json=as_json, quiet=quiet)

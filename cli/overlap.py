@@ -1,0 +1,112 @@
+"""`spectra overlap`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from .options import AsJson, Exclude, Include, Quiet, Transposed, Workers
+from .output import PICTURES, check_writable
+from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from spectra.overlapping import Overlap
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(no_args_is_help=True)(overlap)
+
+
+def overlap(
+    base: Annotated[str, typer.Argument(help="The base: a checkpoint file, a model folder, or a cached hub id.")],
+    tuned: Annotated[list[str], typer.Argument(help="One or more tuned checkpoints, or PEFT adapter folders.")],
+    i: Annotated[int, typer.Option("--i", "-i", help="Leading directions of the first of each pair.", min=1)] = 10,
+    j: Annotated[int | None, typer.Option("--j", "-j", help="Those of the second; by default as many.", min=1)] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    transposed: Transposed = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, or several as cuda:0,cuda:1.")] = "auto",
+    workers: Workers = None,
+    out: Annotated[Path | None, typer.Option(help="Write tables, overlap.json and pictures into this folder.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hold the updates of tuned models against each other and the base: will these merge well?
+
+    For each pair: the overlap phi of the leading output and input directions of the updates (1 = the same subspace),
+    the cosine of the updates, and the share of entries that they move the same way; each with what random updates
+    would show.
+
+    Examples:
+
+      spectra overlap base/ task-a/ task-b/ task-c/
+
+      spectra overlap base/ full/ lora-adapter/ --out overlap/ -i 16
+    """
+    if out is not None:
+        check_writable(out)
+    from spectra.overlapping import overlap as measure_overlap
+
+    with progress_bar(quiet or as_json, "comparing") as progress:
+        result = measure_overlap(
+            base, tuned, i=i, j=j, include=include or (), exclude=exclude or (), transposed=transposed or None,
+            device=device, workers=workers, progress=progress,
+        )  # fmt: skip
+    if out is not None:
+        result.save(out)
+        _draw(result, out / PICTURES)
+    if as_json:
+        tables = {"pairs": result.pairs(), "matrices": result.matrices}
+        rows = {
+            name: json.loads(table.to_json(orient="records", double_precision=15)) for name, table in tables.items()
+        }
+        json.dump({**rows, "notes": result.provenance["notes"]}, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    elif not quiet:
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        console.print(_table(result))
+        for row in result.matrices[result.matrices["status"] == "failed"].to_dict("records"):
+            console.print(f"failed: {row['name']}: {row['note']}", markup=False, highlight=False)
+        for note in result.provenance["notes"]:
+            console.print(note, markup=False, highlight=False)
+
+
+def _draw(result: Overlap, folder: Path) -> None:
+    if len(result.labels) < 2 or (result.pairs()["first"] == "base").all():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for column in ("left_overlap", "right_overlap", "update_cosine", "sign_agreement"):
+        result.plot.heatmap(column).figure.savefig(folder / f"{column}.png", dpi=150)  # type: ignore[union-attr]
+
+
+def _table(result: Overlap) -> Table:
+    """A line per pair; in brackets what random updates would show."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from spectra.report.wording import number, printable
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("first", "second"):
+        table.add_column(name)
+    for name in ("matrices", "left overlap", "right overlap", "cosine", "same sign"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result.pairs().to_dict("records"):
+        table.add_row(
+            Text(printable(row["first"])),
+            Text(printable(row["second"])),
+            str(row["matrices"]),
+            f"{number(row['left_overlap'], 2)} ({number(row['left_overlap_null'], 2)})",
+            f"{number(row['right_overlap'], 2)} ({number(row['right_overlap_null'], 2)})",
+            f"{number(row['update_cosine'], 2)} (0 +- {number(row['update_cosine_null'], 1)})",
+            f"{number(row['sign_agreement'])} (0.5)",
+        )
+    return table

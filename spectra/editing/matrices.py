@@ -1,0 +1,120 @@
+"""An edit of one weight matrix: loaded, edited, rounded to its storage, and measured as it will be stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectra.cache import SpectrumCache
+from spectra.editing.adapter_files import rounded
+from spectra.editing.edits import Applied, Edit, Leaders, Mitigation, Subject
+from spectra.editing.operations import change_norm, norm
+from spectra.engines.loading import BaseMatrix, Group
+from spectra.errors import SpectraError
+from spectra.jobs import CAN_FAIL, failed
+from spectra.linalg.lowrank import LowRank
+from spectra.linalg.products import matmul
+from spectra.pairing import Pair
+
+SAME = 0.5  # |cosine| from which on a direction counts as one that was there before
+
+
+@dataclass(frozen=True)
+class Task:
+    """An edit, and what it needs to know besides the matrix: the configs of both models, the cache of base spectra."""
+
+    edit: Edit
+    config: Mapping[str, Any]
+    base_config: Mapping[str, Any]
+    cache: SpectrumCache | None
+
+
+@dataclass(frozen=True)
+class Treated:
+    """What became of a matrix.
+
+    Attributes:
+        status: edited | unchanged | failed.   note: why, or what was decided.
+        numbers: the columns of its row that hold numbers.
+        stored: the edited W' (m x n) in its storage dtype, or the edited update; None where nothing changed.
+    """
+
+    pair: Pair
+    status: str
+    note: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    stored: Tensor | LowRank | None = None
+
+    def without_weights(self) -> Treated:
+        return replace(self, stored=None)
+
+
+def treat(task: Task, group: Group, device: torch.device) -> list[Treated]:
+    """Apply the edit to the matrices of a group; what fails, fails alone and stays as it was."""
+    ((label, pair),) = group.pairs
+    try:
+        base = BaseMatrix(pair, device, task.cache)
+        tuned = base.tuned(pair)
+        if tuned is None:
+            return [Treated(pair, "unchanged", pair.note)]
+        return [_treated(task, pair, base, tuned)]
+    except CAN_FAIL as error:
+        return [Treated(pair, "failed", failed(error, label, pair).note)]
+
+
+def _treated(task: Task, pair: Pair, base: BaseMatrix, tuned: Tensor | LowRank) -> Treated:
+    W = base.weight.double()
+    D = tuned if isinstance(tuned, LowRank) else tuned.double() - W
+    config = task.base_config if isinstance(tuned, LowRank) else task.config
+    applied = task.edit.apply(Subject(pair, base, tuned, D, config))
+    note = "; ".join(filter(None, (pair.note, applied.note)))
+    before = norm(D)
+    numbers: dict[str, Any] = {"update_norm": before, "change_norm": 0.0, "energy_ratio": 1.0 if before else None}
+    if isinstance(D, LowRank):
+        numbers |= {"rank_before": D.rank, "rank_after": D.rank}
+    if applied.D is D:
+        return Treated(pair, "unchanged", note, numbers | _counted(task.edit, applied, applied.before))
+    stored, D_after = _as_stored(pair, W, applied.D)
+    numbers |= {
+        "change_norm": change_norm(D, D_after),
+        "energy_ratio": (norm(D_after) / before) ** 2 if before else None,
+    }
+    if isinstance(D_after, LowRank):
+        numbers["rank_after"] = D_after.rank
+    after = None
+    if isinstance(task.edit, Mitigation):
+        after = task.edit.leaders(base, D_after if isinstance(D_after, LowRank) else (W + D_after).to(base.weight))
+    return Treated(pair, "edited", note, numbers | _counted(task.edit, applied, after), stored)
+
+
+def _as_stored(pair: Pair, W: Tensor, D: Tensor | LowRank) -> tuple[Tensor | LowRank, Tensor | LowRank]:
+    """What is written, on the CPU in its storage dtype, and the update that it makes."""
+    if isinstance(D, LowRank):
+        factors = rounded(D, pair.tuned_dtype)
+        return LowRank(factors.B.cpu(), factors.A.cpu(), factors.c), factors
+    stored = (W + D).to(pair.tuned_dtype)
+    if not bool(torch.isfinite(stored.double()).all()):
+        raise SpectraError(
+            f"the edited {pair.matrix.name!r} overflows {str(pair.tuned_dtype).removeprefix('torch.')}; "
+            "it is kept as it was"
+        )
+    return stored.cpu(), stored.double() - W
+
+
+def _counted(edit: Edit, applied: Applied, after: Leaders | None) -> dict[str, int]:
+    """Intruders before and after a mitigation, those that it scaled, and those after it that resemble none before."""
+    if not isinstance(edit, Mitigation) or applied.before is None or after is None:
+        return {}
+    was, now = (leaders.intruders(edit.epsilon, without_spread=False) for leaders in (applied.before, after))
+    same = matmul(applied.before.triplets.Y[:, was].double().T.contiguous(), after.triplets.Y[:, now].double())
+    known = (same.abs() >= SAME).any(0) if was else torch.zeros(len(now), dtype=torch.bool)
+    return {
+        "intruders_before": len(was),
+        "intruders_scaled": len(applied.scaled),
+        "intruders_after": len(now),
+        "intruders_appeared": len(now) - int(known.sum()),
+    }

@@ -1,0 +1,279 @@
+"""Intruder dimensions of any pair: which leading directions of the tuned weights resemble none of the base's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from spectra.engines.loading import BaseMatrix, Group
+from spectra.engines.studying import Progress, opened, places, study
+from spectra.errors import SpectraError
+from spectra.jobs import CAN_FAIL, failed
+from spectra.labels import labelled
+from spectra.linalg.lowrank import LowRank
+from spectra.measures.familiarity import CLUSTER_GAP, Familiarity, Side, familiarity, tuned_triplets
+from spectra.pairing import Pair
+from spectra.report.tables_on_disk import load_tables, save_tables
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from spectra.cache import SpectrumCache
+    from spectra.report.intruder_plots import IntruderPlots
+
+Source = Any  # a path, a hub id, a state dict, an nn.Module, or an open Checkpoint
+
+KIND = "intruders"
+TABLES = ("triplets", "matrices", "unmatched")
+SIDES: dict[str, tuple[Side, ...]] = {"left": ("left",), "right": ("right",), "both": ("left", "right")}
+TRIPLETS = (
+    "tuned", "name", "side", "index", "tuned_singular_value", "best_cosine", "partner", "cluster_cosine",
+    "cluster_members", "cosine_null",
+)  # fmt: skip
+MATRICES = (
+    "tuned", "name", "role", "layer", "rows", "columns", "status", "note", "left_intruders", "right_intruders",
+    "base_algorithm", "tuned_algorithm", "tuned_residual",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Intrusion:
+    """The intruder dimensions of tuned models, and every leading direction that was looked at.
+
+    *LoRA vs Full Fine-tuning: An Illusion of Equivalence* (Shuttleworth, Andreas, Torralba, Sharma, arXiv 2410.21228).
+    Every column is defined in `spectra/definitions.md`.
+
+    Attributes:
+        triplets: a row per (tuned, matrix, side, leading triplet j < k of the tuned weight), intruder or not. What is
+            said for any threshold and any smaller k follows from it.
+        matrices: a row per (tuned, matrix): its counts at `epsilon`, which solvers ran, and why one failed.
+        unmatched: what was not looked at: tuned, name, side (base | tuned), reason.
+        provenance: inputs with hashes, options (k, epsilon, side), versions, notes.
+    """
+
+    triplets: pd.DataFrame
+    matrices: pd.DataFrame
+    unmatched: pd.DataFrame
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def k(self) -> int:
+        """How many leading triplets of each matrix were looked at."""
+        return int(self.provenance["options"]["k"])
+
+    @property
+    def epsilon(self) -> float:
+        """The threshold that was asked for."""
+        return float(self.provenance["options"]["epsilon"])
+
+    @property
+    def intruders(self) -> pd.DataFrame:
+        """The rows of `triplets` with best_cosine < epsilon, and `spread`: whether y_j is no new direction after all.
+
+        It is `spread` where its projection on the base components near its partner reaches epsilon.
+        """
+        rows = self.triplets[self.triplets["best_cosine"] < self.epsilon].reset_index(drop=True)
+        return rows.assign(spread=rows["cluster_cosine"] >= self.epsilon)
+
+    def counts(self, epsilons: Sequence[float] | None = None, ks: Sequence[int] | None = None) -> pd.DataFrame:
+        """How many intruders there are for every threshold and every k: a row per (tuned, side, k, epsilon).
+
+        Args: by default the epsilon and the k that were asked for; no k may be larger than that one.
+        Returns: columns tuned, side, k, epsilon, `intruders` (in all matrices together) and `matrices_with_intruders`.
+        Raises: SpectraError for a k beyond what was looked at, and thresholds outside [0, 1].
+        """
+        import pandas as pd
+
+        epsilons = [self.epsilon] if epsilons is None else list(epsilons)
+        ks = [self.k] if ks is None else list(ks)
+        if any(not 1 <= k <= self.k for k in ks):
+            raise SpectraError(f"k lies between 1 and {self.k}, of which triplets were looked at; find them with more")
+        if any(not 0 <= epsilon <= 1 for epsilon in epsilons):
+            raise SpectraError("a threshold on cosines lies between 0 and 1")
+        sides = SIDES[self.provenance["options"]["side"]]
+        rows = []
+        for tuned in dict.fromkeys(self.matrices["tuned"]):
+            for side in sides:
+                of_side = self.triplets[(self.triplets["tuned"] == tuned) & (self.triplets["side"] == side)]
+                for k in ks:
+                    for epsilon in epsilons:
+                        found = of_side[(of_side["index"] < k) & (of_side["best_cosine"] < epsilon)]
+                        rows.append((tuned, side, k, epsilon, len(found), found["name"].nunique()))
+        columns = ["tuned", "side", "k", "epsilon", "intruders", "matrices_with_intruders"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def __repr__(self) -> str:
+        words = [f"{row.intruders} of {row.tuned} ({row.side})" for row in self.counts().itertuples()]
+        return f"Intrusion({', '.join(words)}; k = {self.k}, epsilon = {self.epsilon:g})"
+
+    @property
+    def plot(self) -> IntruderPlots:
+        """The pictures: each method returns matplotlib Axes and takes `ax=`."""
+        from spectra.report.intruder_plots import IntruderPlots
+
+        return IntruderPlots(self)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the tables (`intruders_*.parquet`) and `intruders.json` into `folder`, each file atomically.
+
+        It may be the folder of a saved `Comparison`. Raises `SpectraError` where it cannot be written.
+        """
+        return save_tables(folder, KIND, {name: getattr(self, name) for name in TABLES}, self.provenance)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Intrusion:
+        """Read what `save` wrote. Raises `SpectraError` where `folder` holds none."""
+        tables, provenance = load_tables(folder, KIND, TABLES)
+        return cls(**tables, provenance=provenance)
+
+
+def find_intruders(
+    base: Source,
+    tuned: Source | Sequence[Source] | Mapping[str, Source],
+    *,
+    k: int = 10,
+    epsilon: float = 0.5,
+    side: Literal["left", "right", "both"] = "left",
+    cluster_gap: float = CLUSTER_GAP,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    transposed: Sequence[str] | None = None,
+    device: str | Sequence[str] = "auto",
+    dtype: torch.dtype | None = None,
+    fast: bool = False,
+    workers: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    cache_limit: int = 20 * 2**30,
+    progress: Progress | None = None,
+) -> Intrusion:
+    """Find the intruder dimensions of tuned models: leading directions that resemble none of the base's.
+
+    Direction y_j, j < k, of a tuned weight W' is an intruder where max_i |<u_i, y_j>| < epsilon. Published: left
+    vectors, k = 10, epsilon = 0.5.
+
+    Args:
+        base, tuned: as for `compare`; adapters are taken as their factors, and W' is not formed.
+        side: output directions (left), input directions (right), or both.
+        cluster_gap: relative distance of singular values within which base components count as one cluster.
+        include, exclude, transposed, device, dtype, workers, cache, cache_limit, progress: as for `compare`.
+        fast: iterate the leading triplets alone (see `tuned_triplets`).
+    Returns: an `Intrusion`. A matrix that cannot be read has status "failed" and the reason; one that is the base's to
+        the last bit has status "unchanged" and no triplets.
+    Raises: SpectraError for input that cannot be read or matched.
+
+    >>> base = {"fc.weight": torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))}
+    >>> tuned = {"fc.weight": base["fc.weight"] + 5 * torch.ones(4, 4) / 4}
+    >>> find_intruders(base, tuned, k=1, epsilon=0.9).intruders[["index", "partner"]].values.tolist()
+    [[0, 0]]
+    """
+    if k < 1 or not 0 <= epsilon <= 1 or not 0 <= cluster_gap < 1:
+        raise SpectraError("k must be at least 1, epsilon between 0 and 1, and cluster_gap from 0 to below 1")
+    if side not in SIDES:
+        raise SpectraError(f"{side!r} is no side; give left, right or both")
+    if dtype not in (None, torch.float32, torch.float64):
+        raise SpectraError(f"dtype is {dtype!r}, which the products cannot have; give torch.float32 or torch.float64")
+    where = places(device, workers, cache, cache_limit)
+    pairs = opened(base, labelled(tuned), include, exclude, transposed)
+    search = _Search(k, SIDES[side], cluster_gap, dtype, fast, where.cache)
+    found = study(search.run, pairs.pairings, where, progress)
+    options = {"k": k, "epsilon": epsilon, "side": side, "cluster_gap": cluster_gap, "fast": fast,
+               "include": list(include), "exclude": list(exclude)}  # fmt: skip
+    provenance = pairs.provenance(options, where)
+    unmatched = [
+        (label, item.name, item.side, item.reason)
+        for label, pairing in pairs.pairings.items()
+        for item in pairing.unmatched
+    ]
+    return _tabulated(found, unmatched, epsilon, provenance)
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What was found of one pair."""
+
+    tuned: str
+    pair: Pair
+    status: str  # compared | unchanged | failed
+    note: str
+    sides: Mapping[Side, Familiarity] = field(default_factory=dict)
+    solvers: tuple[str, str, float] = ("", "", float("nan"))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What is looked for, in every group of pairs."""
+
+    k: int
+    sides: tuple[Side, ...]
+    gap: float
+    dtype: torch.dtype | None
+    fast: bool
+    cache: SpectrumCache | None
+
+    def run(self, group: Group, device: torch.device) -> list[_Finding]:
+        try:
+            base = BaseMatrix(group.pairs[0][1], device, self.cache)
+        except CAN_FAIL as error:
+            return [_failed(error, label, pair, "base") for label, pair in group.pairs]
+        return [self._found(base, label, pair) for label, pair in group.pairs]
+
+    def _found(self, base: BaseMatrix, label: str, pair: Pair) -> _Finding:
+        try:
+            tuned = base.tuned(pair)
+            if tuned is None:
+                return _Finding(label, pair, "unchanged", pair.note)
+            wide = torch.float64 in (pair.base_dtype, pair.tuned_dtype) or isinstance(tuned, LowRank)
+            dtype = self.dtype or (torch.float64 if wide else torch.float32)
+            spectrum = base.spectrum(dtype)
+            triplets = tuned_triplets(base.weight, spectrum, tuned, self.k, self.fast)
+            sides = {side: familiarity(spectrum, triplets, self.k, side, self.gap) for side in self.sides}
+        except CAN_FAIL as error:
+            return _failed(error, label, pair)
+        solvers = spectrum.algorithm, triplets.algorithm, triplets.residual
+        return _Finding(label, pair, "compared", pair.note, sides, solvers)
+
+
+def _failed(error: BaseException, label: str, pair: Pair, side: str | None = None) -> _Finding:
+    return _Finding(label, pair, "failed", failed(error, label, pair, side).note)
+
+
+def _tabulated(
+    found: Sequence[_Finding],
+    unmatched: Sequence[tuple[str, str, str, str]],
+    epsilon: float,
+    provenance: Mapping[str, Any],
+) -> Intrusion:
+    import pandas as pd
+
+    triplets, matrices = [], []
+    for one in found:
+        matrix, counts = one.pair.matrix, {side: len(f.intruders(epsilon)) for side, f in one.sides.items()}
+        zero = 0 if one.status == "unchanged" else None
+        matrices.append((
+            one.tuned, matrix.name, matrix.role, matrix.layer, matrix.rows, matrix.columns, one.status, one.note,
+            counts.get("left", zero), counts.get("right", zero), *one.solvers,
+        ))  # fmt: skip
+        for side, f in one.sides.items():
+            columns = (f.singular_value, f.best_cosine, f.partner, f.cluster_cosine, f.cluster_members)
+            triplets += [
+                (one.tuned, matrix.name, side, j, *values, f.null)
+                for j, values in enumerate(zip(*columns, strict=True))
+            ]
+    texts = dict.fromkeys(("tuned", "name", "role", "status", "note", "base_algorithm", "tuned_algorithm"), "str")
+    integers = dict.fromkeys(("layer", "left_intruders", "right_intruders"), "Int64")
+    kinds = {"tuned": "str", "name": "str", "side": "str", "index": "int64", "partner": "int64",
+             "cluster_members": "int64"}  # fmt: skip
+    numbers = dict.fromkeys(("tuned_singular_value", "best_cosine", "cluster_cosine", "cosine_null"), "float64")
+    return Intrusion(
+        triplets=pd.DataFrame(triplets, columns=list(TRIPLETS)).astype({**kinds, **numbers}),
+        matrices=pd.DataFrame(matrices, columns=list(MATRICES)).astype(
+            {**texts, **integers, "tuned_residual": "float64"}
+        ),
+        unmatched=pd.DataFrame(list(unmatched), columns=["tuned", "name", "side", "reason"]).astype("str"),
+        provenance=provenance,
+    )

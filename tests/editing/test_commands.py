@@ -1,0 +1,110 @@
+"""The commands that edit and look into updates: what they write, print and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from spectra_cli.app import app
+from typer.testing import CliRunner
+
+from spectra.errors import SpectraError
+
+COMMAND = shutil.which("spectra", path=str(Path(sys.executable).parent))
+
+
+def run(*arguments: str | Path) -> str:
+    """What the command printed; raises what it raised."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base of two blocks, and a tuned model with one strong new direction in the first."""
+    folder = tmp_path_factory.mktemp("pair")
+    generator = torch.Generator().manual_seed(0)
+    base = {f"layers.{at}.mlp.up_proj.weight": torch.randn(48, 40, generator=generator) for at in range(2)}
+    tuned = {name: W.clone() for name, W in base.items()}
+    left, right = torch.randn(48, generator=generator), torch.randn(40, generator=generator)
+    tuned["layers.0.mlp.up_proj.weight"] += torch.outer(left, right)
+    save_file(base, folder / "base.safetensors")
+    save_file(tuned, folder / "tuned.safetensors")
+    return folder / "base.safetensors", folder / "tuned.safetensors"
+
+
+def test_intruders_are_listed_and_saved(files: tuple[Path, Path], tmp_path: Path) -> None:
+    done = run("intruders", *files, "--side", "both", "--out", tmp_path)
+    assert "tuned: 1 intruder among the top 10 left directions, in 1 of 2 matrices" in done
+    assert {"intruders.json", "intruders_triplets.parquet", "pictures"} <= {path.name for path in tmp_path.iterdir()}
+    content = json.loads(run("intruders", *files, "--json"))
+    assert [row["intruders"] for row in content["counts"]] == [1] and content["intruders"][0]["index"] == 0
+
+
+def test_mitigating_takes_the_intruder_out(files: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("mitigate", *files, "--lambda", "0", "--out", out)
+    assert "1 matrix edited, 1 as they were" in done and str(out) in done
+    before, after = load_file(files[1]), load_file(out / "tuned.safetensors")
+    assert torch.equal(before["layers.1.mlp.up_proj.weight"], after["layers.1.mlp.up_proj.weight"])
+    ends = [float(torch.linalg.matrix_norm(state["layers.0.mlp.up_proj.weight"], 2)) for state in (before, after)]
+    assert ends[1] < 0.6 * ends[0]
+    with pytest.raises(SpectraError, match="force"):
+        run("mitigate", *files, "--lambda", "0", "--out", out)
+    again = run("mitigate", *files, "--lambda", "1", "--out", out, "--force", "--json")
+    assert json.loads(again)["matrices"][0]["status"] == "unchanged"
+    assert (out / "tuned.safetensors").read_bytes() == files[1].read_bytes()
+
+
+def test_edits_are_written(files: tuple[Path, Path], tmp_path: Path) -> None:
+    done = run("edit", *files, "--rewind", "--layers", "0", "--out", tmp_path / "out")
+    base, after = load_file(files[0]), load_file(tmp_path / "out" / "tuned.safetensors")
+    assert all(torch.equal(base[name], after[name]) for name in base)
+    done = run("edit", *files, "--scale", "2", "--out", tmp_path / "twice", "--quiet")
+    assert done == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "exactly one"),
+        (["--rank", "2", "--scale", "0.5"], "exactly one"),
+        (["--rewind", "--components", "8"], "START:STOP"),
+        (["--heads", "0", "--scale", "1"], "--rewind"),
+        (["--rewind", "--heads", "a"], "ranges"),
+        (["--rewind", "--layers", "7"], "layer 7"),
+        (["--energy", "2"], "share of energy"),
+        (["--scale", "0.5", "--keep", "bottom"], "--keep"),
+    ],
+)
+def test_contradictions_are_one_sentence(
+    files: tuple[Path, Path], tmp_path: Path, options: list[str], words: str
+) -> None:
+    with pytest.raises(SpectraError, match=words):
+        run("edit", *files, *options, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(COMMAND is None, reason="the command `spectra` is not beside this interpreter")
+def test_a_refusal_is_one_sentence_and_status_2(files: tuple[Path, Path]) -> None:
+    assert COMMAND is not None
+    command = [COMMAND, "mitigate", *map(str, files), "--out", str(files[0].parent), "--force"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ))
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "would be lost" in done.stderr
+
+
+def test_overlaps_are_printed_with_their_nulls(files: tuple[Path, Path], tmp_path: Path) -> None:
+    done = run("overlap", files[0], files[1], files[1], "--out", tmp_path, "-i", "3")
+    assert "left overlap" in done and "(0.5)" in done
+    assert (tmp_path / "overlap.json").exists() and (tmp_path / "pictures" / "update_cosine.png").exists()
+    pairs = json.loads(run("overlap", files[0], files[1], files[1], "--json"))["pairs"]
+    assert pairs[-1]["update_cosine"] == pytest.approx(1)

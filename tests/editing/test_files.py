@@ -1,0 +1,386 @@
+"""Edited checkpoints in their own format: edited tensors are the formula's, and everything else is as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from spectra.checkpoints import open_checkpoint
+from spectra.editing import Mitigation, Rewinding, Scaling, Truncation, edit, mitigate
+from spectra.editing.patching import InFiles, lying_at
+from spectra.errors import SpectraError
+from spectra.intruding import find_intruders
+from tests.reference import edits as reference
+from tests.strategies import orthonormal
+
+HIDDEN = 24
+CONFIG = {"model_type": "gpt2", "n_embd": HIDDEN, "n_head": 4, "architectures": ["GPT2LMHeadModel"]}
+
+
+def weight(generator: np.random.Generator, m: int, n: int) -> np.ndarray:
+    k = min(m, n)
+    s = np.concatenate([np.linspace(3, 2, 4), np.linspace(0.3, 0.2, k - 4)])
+    W: np.ndarray = (orthonormal(generator, m, k) * s) @ orthonormal(generator, n, k).T
+    return W
+
+
+def new_direction(W: np.ndarray) -> np.ndarray:
+    """A strong product of two unit vectors, even mixtures of W's weak singular vectors: no single one is like them."""
+    U, s, Vt = np.linalg.svd(W, full_matrices=False)
+    weak = slice(4, len(s))
+    D: np.ndarray = 2.6 * np.outer(U[:, weak].sum(1), Vt[weak].sum(0)) / (len(s) - 4)
+    return D
+
+
+def models(dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A base and a tuned model with a strong new direction in every matrix: plain, fused, Conv1D, stacked, kernel."""
+    generator = np.random.default_rng(0)
+    shapes = {
+        "h.0.attn.c_attn.weight": (HIDDEN, 3 * HIDDEN),  # Conv1D: in x out, fused q | k | v
+        "h.0.mlp.c_fc.weight": (HIDDEN, 4 * HIDDEN),
+        "h.1.mlp.experts.down_proj": (3, HIDDEN, 30),
+        "h.1.conv.weight": (HIDDEN, 10, 3, 1),
+        "wte.weight": (40, HIDDEN),
+    }
+    base, tuned = {}, {}
+    for name, shape in shapes.items():
+        is_stack = len(shape) == 3
+        m, n = shape[1:] if is_stack else (shape[0], int(np.prod(shape[1:])))
+        parts = 3 if "c_attn" in name else 1
+        before = [weight(generator, m, n) for _ in range(shape[0] if is_stack else 1)]
+        after = [W + np.hstack([new_direction(part) for part in np.split(W, parts, axis=1)]) for W in before]
+        for state, found in ((base, before), (tuned, after)):
+            state[name] = torch.from_numpy(np.stack(found).reshape(shape)).to(dtype)
+    for name, size in (("h.0.ln_1.weight", HIDDEN), ("h.0.attn.c_attn.bias", 3 * HIDDEN), ("h.1.ln.bias", HIDDEN)):
+        base[name], tuned[name] = torch.zeros(size, dtype=dtype), torch.randn(size).to(dtype)
+    tuned["position_ids"] = torch.arange(7)
+    return base, tuned
+
+
+def safetensors_file(folder: Path, state: dict[str, Tensor]) -> Path:
+    folder.mkdir(parents=True)
+    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt", "note": "kept"})
+    return folder / "model.safetensors"
+
+
+def safetensors_folder(folder: Path, state: dict[str, Tensor]) -> Path:
+    safetensors_file(folder, state)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    return folder
+
+
+def sharded_folder(folder: Path, state: dict[str, Tensor]) -> Path:
+    folder.mkdir(parents=True)
+    names = list(state)
+    placed = {}
+    for number, part in enumerate((names[:3], names[3:]), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        safetensors.torch.save_file({name: state[name] for name in part}, folder / file, metadata={"format": "pt"})
+        placed |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def torch_folder(folder: Path, state: dict[str, Tensor]) -> Path:
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def training_checkpoint(folder: Path, state: dict[str, Tensor]) -> Path:
+    folder.mkdir(parents=True)
+    strided = {name: t.clone().T.contiguous().T if t.ndim == 2 else t for name, t in state.items()}
+    torch.save({"epoch": 3, "state_dict": strided, "optimizer": {"m": torch.ones(5)}}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+def legacy_file(folder: Path, state: dict[str, Tensor]) -> Path:
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "old.pth", _use_new_zipfile_serialization=False)
+    return folder / "old.pth"
+
+
+FORMATS = [safetensors_file, safetensors_folder, sharded_folder, torch_folder, training_checkpoint, legacy_file]
+Writer = Callable[[Path, dict[str, Tensor]], Path]
+
+
+def loaded(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a written folder, by the libraries that users read them with."""
+    state: dict[str, Tensor] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            state |= safetensors.torch.load_file(path)
+        elif path.suffix in (".bin", ".ckpt", ".pth"):
+            content = torch.load(path, weights_only=True)
+            state |= content.get("state_dict", content)
+    return state
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module", params=FORMATS, ids=lambda writer: writer.__name__)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
+    """A base in memory, a tuned checkpoint of one format on disk, and a folder to write into."""
+    base, tuned = models()
+    place = tmp_path_factory.mktemp("edited")
+    writer: Writer = request.param
+    return open_checkpoint(base).described("the base", config=CONFIG), writer(place / "tuned", tuned), place / "out"
+
+
+def test_mitigated_tensors_are_the_formula_and_others_keep_their_bits(written: tuple[Any, Path, Path]) -> None:
+    base, source, out = written
+    tuned = dict(open_checkpoint(source))
+    result = mitigate(base, source, out, factor=0.25, which="all", k=6, force=True)
+    state = loaded(out)
+    assert set(state) == set(tuned) and result.folder == out
+    edited = {}
+    for row in result.matrices.to_dict("records"):
+        assert row["status"] == "edited" and row["intruders_scaled"] == row["intruders_before"] >= 1, row
+    for name, part in [("wte.weight", None), ("h.0.mlp.c_fc.weight", "T"), ("h.1.conv.weight", "K")]:
+        W, after, found = (X[name].double().flatten(1).numpy() for X in (base, tuned, state))
+        if part == "T":
+            W, after, found = W.T, after.T, found.T
+        row = result.matrices[result.matrices["name"] == name].iloc[0]
+        which = find_intruders({name: torch.from_numpy(W)}, {name: torch.from_numpy(after)}, k=6).intruders["index"]
+        assert len(which) == row["intruders_before"]
+        expected = reference.mitigated(W, after, 0.25, list(which))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert np.abs(found - after).max() > 1e-2
+        edited[name] = found
+    for part in range(3):  # each part of the fused tensor on its own, in its place
+        rows = slice(part * HIDDEN, (part + 1) * HIDDEN)
+        W, after, found = (X["h.0.attn.c_attn.weight"].double().T[rows].numpy() for X in (base, tuned, state))
+        which = find_intruders({"a.weight": torch.from_numpy(W)}, {"a.weight": torch.from_numpy(after)}, k=6).intruders
+        np.testing.assert_allclose(found, reference.mitigated(W, after, 0.25, list(which["index"])), atol=1e-6)
+    for expert in range(3):
+        W, after, found = (X["h.1.mlp.experts.down_proj"][expert].double().numpy() for X in (base, tuned, state))
+        which = find_intruders({"a.weight": torch.from_numpy(W)}, {"a.weight": torch.from_numpy(after)}, k=6).intruders
+        np.testing.assert_allclose(found, reference.mitigated(W, after, 0.25, list(which["index"])), atol=1e-6)
+    matrices = {"h.0.attn.c_attn.weight", "h.1.mlp.experts.down_proj", *edited}
+    assert all(torch.equal(state[name], tuned[name]) for name in set(tuned) - matrices)
+    after = find_intruders(base, out, k=6).matrices["left_intruders"].tolist()
+    assert result.matrices["intruders_after"].tolist() == after
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        Mitigation(factor=1.0, which="all"),
+        Mitigation(factor=0.0, epsilon=0.0),
+        Scaling(1.0),
+        Truncation(rank=1000),
+        Truncation(energy=1.0, keep="random"),
+    ],
+    ids=["lambda 1", "no intruders", "scale 1", "whole rank", "all energy"],
+)
+def test_identities_give_every_file_back_to_the_bit(written: tuple[Any, Path, Path], what: Any) -> None:
+    base, source, out = written
+    result = edit(base, source, what, out, force=True)
+    assert result.changed == 0 and (result.matrices["status"] == "unchanged").all()
+    assert "to the bit" in result.notes[-1]
+    found = digests(out)
+    assert json.loads((out / "spectra_edit.json").read_text())["options"]["edit"] == type(what).__name__.lower()
+    found.pop("spectra_edit.json")
+    expected = digests(source) if source.is_dir() else {source.name: digests(source.parent)[source.name]}
+    assert found == expected
+
+
+def test_a_rewound_layer_is_the_base_with_its_vectors(written: tuple[Any, Path, Path]) -> None:
+    base, source, out = written
+    tuned = dict(open_checkpoint(source))
+    result = edit(base, source, Rewinding(), out, layers=[0], force=True)
+    state = loaded(out)
+    for name in tuned:
+        expected = base[name] if name.startswith("h.0.") else tuned[name]
+        assert torch.equal(state[name], expected), name
+    assert result.matrices["energy_ratio"].eq(0).all() and any("vectors" in note for note in result.notes)
+
+
+def test_headers_and_metadata_of_safetensors_are_kept(tmp_path: Path) -> None:
+    base, tuned = models()
+    source = safetensors_folder(tmp_path / "tuned", tuned)
+    mitigate(base, source, tmp_path / "out", factor=0.0)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "kept"}
+    assert digests(tmp_path / "out").keys() == {*digests(source), "spectra_edit.json"}
+
+
+def test_a_training_checkpoint_keeps_its_container_and_its_checksums(tmp_path: Path) -> None:
+    base, tuned = models()
+    source = training_checkpoint(tmp_path / "tuned", tuned)
+    mitigate(base, source, tmp_path / "out", factor=0.0)
+    content = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)
+    assert content["epoch"] == 3 and torch.equal(content["optimizer"]["m"], torch.ones(5))
+    assert content["state_dict"]["wte.weight"].stride() == (1, 40)
+    with zipfile.ZipFile(tmp_path / "out" / "last.ckpt") as archive:
+        assert archive.testzip() is None
+    with zipfile.ZipFile(source) as one, zipfile.ZipFile(tmp_path / "out" / "last.ckpt") as other:
+        before, after = ({i.filename: i.CRC for i in archive.infolist()} for archive in (one, other))
+    assert before.keys() == after.keys() and before != after
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes_are_kept_and_rounded_to_nearest(dtype: torch.dtype, tmp_path: Path) -> None:
+    base, tuned = models(dtype)
+    source = safetensors_file(tmp_path / "tuned", tuned)
+    edit(base, source, Scaling(0.3), tmp_path / "out", include="wte.weight")
+    found = loaded(tmp_path / "out")["wte.weight"]
+    exact = base["wte.weight"].double() + 0.3 * (tuned["wte.weight"].double() - base["wte.weight"].double())
+    assert found.dtype == dtype
+    spacing = torch.finfo(dtype).eps * 2.0 ** exact.abs().log2().floor()
+    assert ((found.double() - exact).abs() <= 0.5001 * spacing.clamp(min=1e-7 if dtype == torch.float16 else 0)).all()
+    assert torch.equal(loaded(tmp_path / "out")["h.1.conv.weight"], tuned["h.1.conv.weight"])
+
+
+def test_interleaved_heads_are_edited_in_their_rows(tmp_path: Path) -> None:
+    """GPT-NeoX stores q, k and v head by head: those of the other parts keep their bits."""
+    generator = np.random.default_rng(3)
+    config = {"model_type": "gpt_neox", "hidden_size": 12, "num_attention_heads": 3}
+    name = "gpt_neox.layers.0.attention.query_key_value.weight"
+    base, tuned = ({name: torch.from_numpy(generator.normal(size=(36, 12))).float()} for _ in range(2))
+    folder = safetensors_folder(tmp_path / "tuned", tuned)
+    (folder / "config.json").write_text(json.dumps(config))
+    base_checkpoint = open_checkpoint(base).described("the base", config=config)
+    edit(base_checkpoint, folder, Rewinding(), tmp_path / "out", include="*[[]k]")
+    by_head = loaded(tmp_path / "out")[name].reshape(3, 3, 4, 12)  # head, part, row
+    assert torch.equal(by_head[:, 1], base[name].reshape(3, 3, 4, 12)[:, 1])
+    for part in (0, 2):
+        assert torch.equal(by_head[:, part], tuned[name].reshape(3, 3, 4, 12)[:, part])
+
+
+def test_without_a_folder_the_edited_tensors_are_in_the_result(tmp_path: Path) -> None:
+    base, tuned = models()
+    source = safetensors_file(tmp_path / "tuned", tuned)
+    what = Rewinding(components=(2, 9))
+    kept = edit(base, tuned, what, include="h.0.*")
+    edit(base, source, what, tmp_path / "out", include="h.0.*")
+    state = loaded(tmp_path / "out")
+    assert set(kept.tensors) == {"h.0.mlp.c_fc.weight", "h.0.attn.c_attn.weight"} and kept.folder is None
+    assert all(torch.equal(tensor, state[name]) for name, tensor in kept.tensors.items())
+    W, after, found = (X["h.0.mlp.c_fc.weight"].double().T.numpy() for X in (base, tuned, state))
+    np.testing.assert_allclose(found, reference.rewound(W, after, 2, 9), atol=1e-6)
+
+
+def test_the_control_scales_as_many_base_directions(tmp_path: Path) -> None:
+    base, tuned = models()
+    W, after = (X["wte.weight"].double().numpy() for X in (base, tuned))
+    result = mitigate(base, tuned, factor=0.0, control=True, include="wte.weight")
+    change = result.tensors["wte.weight"].double().numpy() - after
+    row = find_intruders({"a.weight": base["wte.weight"]}, {"a.weight": tuned["wte.weight"]}).intruders.iloc[0]
+    s = np.linalg.svd(W, compute_uv=False)
+    at = int(np.abs(s - row["tuned_singular_value"]).argmin())
+    U, _, Vt = np.linalg.svd(W, full_matrices=False)
+    np.testing.assert_allclose(change, -s[at] * np.outer(U[:, at], Vt[at]), atol=1e-6)
+
+
+def test_nothing_is_overwritten_unless_forced_and_never_an_input(tmp_path: Path) -> None:
+    base, tuned = models()
+    source = safetensors_folder(tmp_path / "tuned", tuned)
+    before = digests(source)
+    mitigate(base, source, tmp_path / "out", factor=0.0)
+    with pytest.raises(SpectraError, match="holds files already"):
+        mitigate(base, source, tmp_path / "out", factor=0.5)
+    first = loaded(tmp_path / "out")
+    mitigate(base, source, tmp_path / "out", factor=0.5, force=True)
+    assert not torch.equal(first["wte.weight"], loaded(tmp_path / "out")["wte.weight"])
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(SpectraError, match=r"thesis\.tex"):
+        mitigate(base, source, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "thesis.tex").exists()
+    for target in (source, tmp_path):
+        with pytest.raises(SpectraError, match="would be lost"):
+            mitigate(base, source, target, force=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpectraError, match=r"is a file|choose another"):
+        mitigate(base, source, tmp_path / "file")
+    assert digests(source) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned", "out", "file"}  # no temporary is left
+
+
+def test_other_weights_of_the_folder_are_not_passed_off_as_edited(tmp_path: Path) -> None:
+    base, tuned = models()
+    source = safetensors_folder(tmp_path / "tuned", tuned)
+    torch.save(tuned, source / "pytorch_model.bin")
+    (source / "tf_model.h5").write_bytes(b"old")
+    shutil.copytree(source / "1_Pooling", source / "checkpoint-5")
+    shutil.copy(source / "model.safetensors", source / "checkpoint-5")
+    result = mitigate(base, source, tmp_path / "out")
+    there = digests(tmp_path / "out")
+    assert not any("pytorch_model" in name or "h5" in name or "checkpoint" in name for name in there)
+    assert "1_Pooling/config.json" in there
+    assert any("not copied" in note and "tf_model.h5" in note for note in result.notes)
+
+
+def test_a_matrix_that_fails_keeps_its_bits_and_says_so(tmp_path: Path) -> None:
+    base, tuned = models()
+    tuned["wte.weight"][0, 0] = torch.nan
+    source = safetensors_file(tmp_path / "tuned", tuned)
+    result = mitigate(base, source, tmp_path / "out", factor=0.0)
+    row = result.matrices[result.matrices["name"] == "wte.weight"].iloc[0]
+    assert row["status"] == "failed" and "NaN" in row["note"]
+    assert "failed" in result.notes[-1]
+    found = loaded(tmp_path / "out")["wte.weight"]
+    assert torch.equal(found.view(torch.int32), tuned["wte.weight"].view(torch.int32))
+
+
+def test_an_overflow_is_refused_and_the_matrix_kept() -> None:
+    base, tuned = ({"a.weight": torch.eye(4).half() * scale} for scale in (1, 60_000))
+    result = edit(base, tuned, Scaling(4.0))
+    assert result.matrices["status"].tolist() == ["failed"] and "overflows float16" in result.matrices["note"][0]
+
+
+def test_weights_in_memory_have_no_format(tmp_path: Path) -> None:
+    base, tuned = models()
+    with pytest.raises(SpectraError, match="no files"):
+        mitigate(base, tuned, tmp_path / "out")
+
+
+def test_what_reads_back_otherwise_is_refused(tmp_path: Path) -> None:
+    """One byte flips on the way to the disk: of an edited tensor, of another one."""
+    base, tuned = models()
+    source = safetensors_file(tmp_path / "tuned", tuned)
+    checkpoint = open_checkpoint(source)
+    for name in ("wte.weight", "h.1.ln.bias"):
+        copy = tmp_path / name
+        copy.mkdir()
+        shutil.copy(source, copy)
+        files = InFiles(checkpoint, source.parent, copy)
+        files.write("wte.weight", None, base["wte.weight"])
+        files.finish()
+        files.check()
+        with (copy / source.name).open("r+b") as file:
+            file.seek(lying_at(checkpoint, name).start)
+            byte = file.read(1)[0]
+            file.seek(-1, 1)
+            file.write(bytes([byte ^ 1]))
+        with pytest.raises(SpectraError, match=f"'{name}' read back otherwise"):
+            files.check()
+
+
+def test_layers_that_are_not_there_are_refused() -> None:
+    base, tuned = models()
+    with pytest.raises(SpectraError, match="layer 9"):
+        edit(base, tuned, Scaling(0.5), layers=[9])

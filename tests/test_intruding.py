@@ -1,0 +1,250 @@
+"""Intruders: the planted ones are found and nothing else, as the published loop counts and as float64 SVDs say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spectra.errors import SpectraError
+from spectra.intruding import Intrusion, find_intruders
+from tests.reference.intruder_loop import count_intruders
+from tests.reference.intruders import best_matches
+from tests.reference.singular import Array
+from tests.reference.singular import svd as reference_svd
+from tests.strategies import orthonormal, pairs, seeds
+
+CLUSTER = slice(4, 12)  # eight strong components of nearly equal singular values
+
+
+class Planted:
+    """W with singular values 30 ... 27, a cluster of eight near 20, and a weak rest; W' with what is planted."""
+
+    def __init__(self, seed: int, m: int, n: int) -> None:
+        generator = np.random.default_rng(seed)
+        k = min(m, n)
+        self.U, self.V = orthonormal(generator, m, k), orthonormal(generator, n, k)
+        cluster = 20 * (1 + 2e-4 * np.arange(8)[::-1])
+        self.s = np.concatenate([np.arange(30.0, 26.0, -1.0), cluster, np.linspace(0.2, 0.1, k - 12)])
+        self.W: Array = (self.U * self.s) @ self.V.T
+        self.tuned = self.W.copy()
+
+    def weak(self, side: Array, at: int) -> Array:
+        """A unit vector, an even mixture of twelve weak base vectors: its best cosine is 0.29."""
+        vector: Array = side[:, 12 + 12 * at : 24 + 12 * at].sum(axis=1) / np.sqrt(12)
+        return vector
+
+    def add(self, left: Array, right: Array, strength: float) -> None:
+        self.tuned += strength * np.outer(left, right)
+
+    def found(self, side: str = "both", **options: Any) -> Intrusion:
+        base, tuned = ({"a.weight": torch.from_numpy(X).float()} for X in (self.W, self.tuned))
+        return find_intruders(base, tuned, side=side, **options)  # type: ignore[arg-type]
+
+
+def rows(result: Intrusion, side: str) -> list[int]:
+    table = result.intruders
+    return table[table["side"] == side]["index"].tolist()
+
+
+SHAPES = [(72, 72), (72, 100), (100, 72)]
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_a_planted_direction_is_found_with_its_strength_and_nothing_else(m: int, n: int) -> None:
+    planted = Planted(0, m, n)
+    planted.add(planted.weak(planted.U, 0), planted.weak(planted.V, 0), 29.5)
+    planted.add(planted.weak(planted.U, 1), planted.weak(planted.V, 1), 25.0)
+    result = planted.found(k=14)
+    assert rows(result, "left") == rows(result, "right") == [1, 5]
+    table = result.intruders
+    assert not table["spread"].any()
+    np.testing.assert_allclose(table["tuned_singular_value"], [29.5, 25.0] * 2, atol=0.2)
+    np.testing.assert_allclose(table["best_cosine"], 12**-0.5, atol=0.03)
+    partners = table["partner"].to_numpy() - 12
+    assert (partners // 12 == [0, 1, 0, 1]).all()  # of the mixture that it was made of
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_nothing_is_found_where_nothing_was_planted(m: int, n: int) -> None:
+    planted = Planted(1, m, n)
+    planted.tuned = planted.W + 1e-3 * np.outer(planted.U[:, 0], planted.V[:, 1])
+    result = planted.found()
+    assert len(result.intruders) == 0 and len(result.triplets) == 20
+    assert planted.found("left").counts()["intruders"].tolist() == [0]
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_an_intruder_on_one_side_is_reported_on_that_side(m: int, n: int) -> None:
+    planted = Planted(2, m, n)
+    planted.add(planted.weak(planted.U, 0), planted.V[:, 30], 28.5)
+    result = planted.found()
+    assert rows(result, "left") == [2] and rows(result, "right") == []
+
+
+@pytest.mark.parametrize("strength", [29.5, 5.0])
+def test_only_the_top_k_count(strength: float) -> None:
+    """A weak new direction stands at index 12, behind the twelve strong components of the base."""
+    planted = Planted(3, 72, 80)
+    planted.add(planted.weak(planted.U, 0), planted.weak(planted.V, 0), strength)
+    at = 1 if strength > 20 else 12
+    result = planted.found("left", k=13)
+    assert rows(result, "left") == [at]
+    counted = result.counts(ks=range(1, 14))["intruders"].tolist()
+    assert counted == [int(k > at) for k in range(1, 14)]
+
+
+def test_a_direction_that_only_spread_over_a_cluster_is_marked() -> None:
+    planted = Planted(4, 72, 80)
+    left, right = (side[:, CLUSTER].sum(axis=1) / np.sqrt(8) for side in (planted.U, planted.V))
+    planted.add(left, right, 5.0)
+    row = planted.found("left", k=5).intruders.iloc[0]
+    assert row["best_cosine"] == pytest.approx(8**-0.5, abs=0.01)
+    assert row["spread"] and row["cluster_members"] == 8
+    assert row["cluster_cosine"] == pytest.approx(1, abs=1e-3)
+    assert not planted.found("left", k=5, cluster_gap=1e-6).intruders["spread"].any()
+
+
+@settings(max_examples=60)
+@given(
+    pair=pairs(kinds=("gaussian", "separated"), dtypes=(torch.float32, torch.float64)),
+    side=st.sampled_from(["left", "right"]),
+)
+def test_cosines_equal_a_float64_svd_on_random_shapes(pair: tuple[Tensor, Tensor], side: Any) -> None:
+    W, D = pair
+    tuned = W + D.to(W.dtype)
+    result = find_intruders({"a.weight": W}, {"a.weight": tuned}, side=side, include=(), workers=1)
+    if torch.equal(W, tuned):
+        assert result.matrices["status"].tolist() == ["unchanged"] and result.triplets.empty
+        return
+    exact = tuned.double().numpy()
+    expected = best_matches(W.double().numpy(), exact, side=side)
+    s = reference_svd(exact).s
+    s_base = reference_svd(W.double().numpy()).s
+    apart = np.abs(np.subtract.outer(s, s)) + np.diag(np.full(len(s), np.inf))
+    # A vector is known up to (rounding) / (gap); what crowds has no direction to be compared.
+    known = [j for j in range(len(result.triplets)) if apart[j].min() > 1e-3 * s[0] and s[j] > 1e-3 * s[0]]
+    if np.abs(np.diff(s_base)).min(initial=np.inf) < 1e-3 * s_base[0] or s_base[-1] < 1e-3 * s_base[0]:
+        known = []
+    for j in known:
+        assert result.triplets["best_cosine"][j] == pytest.approx(expected[j].best_cosine, abs=1e-4)
+    decided = [j for j in known if abs(expected[j].best_cosine - 0.5) > 1e-4]
+    found = set(result.intruders["index"])
+    assert {j for j in decided if expected[j].best_cosine < 0.5} == found & set(decided)
+
+
+@given(
+    seed=seeds,
+    r=st.integers(1, 4),
+    c=st.sampled_from([0.5, 2.0]),
+    shape=st.sampled_from([(30, 20), (20, 30), (24, 24)]),
+)
+def test_an_adapter_gives_what_its_merged_weight_gives(seed: int, r: int, c: float, shape: tuple[int, int]) -> None:
+    from spectra.linalg.lowrank import LowRank
+    from spectra.linalg.svd import svd
+    from spectra.measures.familiarity import familiarity, tuned_triplets
+
+    generator = np.random.default_rng(seed)
+    m, n = shape
+    W = torch.from_numpy(generator.normal(size=shape))
+    D = LowRank(torch.from_numpy(generator.normal(size=(m, r))), torch.from_numpy(generator.normal(size=(r, n))), c)
+    base = svd(W)
+    for fast in (False, True):
+        found = tuned_triplets(W, base, D, 5, fast=fast)
+        expected = best_matches(W.numpy(), (W + D.dense()).numpy(), k=5)
+        cosines = familiarity(base, found, 5, "left").best_cosine
+        gaps = np.abs(np.diff(np.linalg.svd((W + D.dense()).numpy(), compute_uv=False)))[:6]
+        if gaps.min() > 1e-2:
+            np.testing.assert_allclose(cosines, [match.best_cosine for match in expected], atol=1e-6)
+
+
+@pytest.mark.parametrize(("tuned", "total", "matrices"), [("bert_ft_10k_25s", 12, 3), ("bert_ft", 63, 20)])
+def test_a_real_pair_counts_as_the_published_loop(rxnfp: Path, tuned: str, total: int, matrices: int) -> None:
+    """As published: left vectors, k = 10, epsilon = 0.5. The loop runs on those matrices where it may differ most."""
+    result = find_intruders(rxnfp / "bert_pretrained", rxnfp / tuned, workers=2)
+    compared = result.matrices[(result.matrices["rows"] > 1) & (result.matrices["columns"] > 1)]
+    assert len(compared) == 76 and (compared["status"] == "compared").all()
+    assert compared["left_intruders"].sum() == total and (compared["left_intruders"] > 0).sum() == matrices
+    assert result.counts()[["intruders", "matrices_with_intruders"]].values.tolist() == [[total, matrices]]
+    states = [torch.load(rxnfp / f / "pytorch_model.bin", map_location="cpu") for f in ("bert_pretrained", tuned)]
+    base, after = ({name.removeprefix("bert."): W for name, W in state.items()} for state in states)
+    of_output = [n for n in after if n.endswith("attention.output.dense.weight") or n == "pooler.dense.weight"]
+    expected = count_intruders({n: base[n] for n in of_output}, after)
+    counts = dict(zip(compared["name"].str.removeprefix("bert."), compared["left_intruders"], strict=True))
+    assert {name: counts[name] for name in of_output} == expected
+
+
+@pytest.fixture(scope="module")
+def example() -> Intrusion:
+    planted = Planted(5, 72, 80)
+    planted.add(planted.weak(planted.U, 0), planted.weak(planted.V, 0), 29.5)
+    return planted.found(k=6)
+
+
+def test_saved_tables_say_the_same(example: Intrusion, tmp_path: Path) -> None:
+    again = Intrusion.load(example.save(tmp_path / "here"))
+    assert again.triplets.equals(example.triplets) and again.matrices.equals(example.matrices)
+    thresholds = np.linspace(0, 1, 11)
+    assert again.counts(thresholds, [2, 6]).equals(example.counts(thresholds, [2, 6]))
+    assert repr(again) == repr(example) and "1 of tuned (left)" in repr(again)
+    by_threshold = again.counts(thresholds)
+    assert all(group["intruders"].is_monotonic_increasing for _, group in by_threshold.groupby("side"))
+    assert json.loads((tmp_path / "here" / "intruders.json").read_text())["options"]["epsilon"] == 0.5
+
+
+def test_pictures_show_the_counts(example: Intrusion) -> None:
+    for ax in (example.plot.epsilon(side="right"), example.plot.k()):
+        assert ax.get_xlabel() and ax.get_ylabel() and ax.get_title(loc="left")
+    assert example.plot.k().lines[0].get_ydata().tolist() == [0, 1, 1, 1, 1, 1]
+    assert example.plot.matrix("a").get_title(loc="left").startswith("1 intruder among 6")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"k": 0}, "k must be"), ({"epsilon": 2}, "epsilon"), ({"side": "up"}, "no side"), ({"workers": 0}, "workers"),
+     ({"dtype": torch.float16}, "torch.float32")],
+)  # fmt: skip
+def test_mistakes_are_one_sentence(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpectraError, match=words):
+        find_intruders({"a.weight": torch.eye(3)}, {"a.weight": torch.ones(3, 3)}, **options)
+
+
+def test_counts_beyond_what_was_looked_at_are_refused(example: Intrusion, tmp_path: Path) -> None:
+    with pytest.raises(SpectraError, match="between 1 and 6"):
+        example.counts(ks=[7])
+    with pytest.raises(SpectraError, match="between 0 and 1"):
+        example.counts(epsilons=[-0.1])
+    with pytest.raises(SpectraError, match="holds no saved intruders"):
+        Intrusion.load(tmp_path)
+
+
+def test_a_matrix_that_is_not_finite_fails_alone() -> None:
+    base = {"a.weight": torch.randn(6, 6), "b.weight": torch.randn(6, 6)}
+    tuned = {"a.weight": torch.full((6, 6), torch.nan), "b.weight": torch.randn(6, 6)}
+    result = find_intruders(base, tuned)
+    assert result.matrices["status"].tolist() == ["failed", "compared"]
+    assert "NaN" in result.matrices["note"][0] and result.triplets["name"].unique().tolist() == ["b.weight"]
+
+
+def test_what_does_not_converge_is_solved_directly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectra.linalg.lapack import LapackError
+    from spectra.linalg.lowrank import LowRank
+    from spectra.linalg.svd import svd
+    from spectra.measures import familiarity as module
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise LapackError("no convergence")
+
+    monkeypatch.setattr(module, "perturbed_triplets", refuse)
+    W = torch.randn(8, 6, dtype=torch.float64)
+    D = LowRank(torch.randn(8, 2), torch.randn(2, 6))
+    found = module.tuned_triplets(W, svd(W), D, 3)
+    assert "did not converge" in found.algorithm
+    torch.testing.assert_close(found.S, torch.linalg.svdvals(W + D.dense().double()))
