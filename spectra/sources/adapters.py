@@ -12,6 +12,8 @@ from spectra.checkpoints import Adapter
 from spectra.errors import SpectraError
 from spectra.sources.libraries import first_line, library, quietly
 
+STORED_UNDER = "base_model.model."  # how peft begins the names of an adapter's tensors
+
 
 def head_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the modules that an adapter brings whole, such as a new head."""
@@ -33,8 +35,10 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
         try:
             config = peft.PeftConfig.from_pretrained(str(folder))
             config.inference_mode = True
-            adapted = peft.get_peft_model(model, config)
             stored = peft.utils.load_peft_weights(str(folder), device="cpu")
+            if prefix := _body_prefix(model, stored):
+                stored = _of_body(model, config, stored, prefix)
+            adapted = peft.get_peft_model(model, config)
             found = peft.utils.set_peft_model_state_dict(adapted, stored)
         except Exception as error:  # peft raises what it likes
             raise SpectraError(
@@ -55,3 +59,40 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
             raise SpectraError(f"the adapter {folder} cannot be merged: {first_line(error)}; train it again") from error
     assert isinstance(merged, nn.Module)
     return merged
+
+
+def _body_prefix(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> str:
+    """What stands before the names of `model` in an adapter that was trained with a head around it ("bert."), or ""."""
+    adapted = {_module_of(name) for name in stored if ".lora_" in name}
+    own = {name for name, _ in model.named_modules()}
+    if not adapted or adapted <= own:
+        return ""
+    first = min(adapted)
+    beginnings = (first[: at + 1] for at, letter in enumerate(first) if letter == ".")
+    fits = (p for p in beginnings if all(name.startswith(p) and name.removeprefix(p) in own for name in adapted))
+    return next(fits, "")
+
+
+def _of_body(model: nn.Module, config: Any, stored: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names of the body alone, without those of a head around it; edits `config`."""
+    own = {name for name, _ in model.named_modules()}
+    inner = {name: f"{STORED_UNDER}{_inner(name).removeprefix(prefix)}" for name in stored}
+    kept = {inner[name]: tensor for name, tensor in stored.items() if _module_of(inner[name]) in own}
+    config.target_modules = sorted({_module_of(name) for name in kept if ".lora_" in name})
+    config.modules_to_save = [name for name in config.modules_to_save or () if name in own] or None
+    for patterns in (config.rank_pattern, config.alpha_pattern):
+        renamed = {
+            f"^{key.lstrip('^').removeprefix(prefix)}" if prefix in key else key: patterns[key] for key in patterns
+        }
+        patterns.clear()
+        patterns.update(renamed)
+    return kept
+
+
+def _inner(name: str) -> str:
+    return name.removeprefix(STORED_UNDER)
+
+
+def _module_of(name: str) -> str:
+    """'base_model.model.bert.pooler.dense.lora_A.weight' -> 'bert.pooler.dense'."""
+    return _inner(name).split(".lora_")[0] if ".lora_" in name else _inner(name).rpartition(".")[0]

@@ -148,6 +148,28 @@ def test_an_adapter_may_bring_the_head_that_its_base_lacks(adapted: Any, tmp_pat
     torch.testing.assert_close(state["classifier.weight"], expected["classifier.weight"])
 
 
+@pytest.mark.parametrize("patterns", [{}, {"rank_pattern": {"^bert.encoder.layer.1.output.dense": 5}}])
+def test_an_adapter_trained_around_a_body_fits_the_body_alone(tmp_path: Path, patterns: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    base = small_bert("BertForSequenceClassification", tmp_path / "base", num_labels=3)
+    targets = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"]
+    config = peft.LoraConfig(r=3, target_modules=targets, modules_to_save=["classifier"], **patterns)
+    adapter = peft.get_peft_model(load_model(base), config)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3)
+    adapter.save_pretrained(tmp_path / "adapter")
+    whole = adapter.merge_and_unload()
+    body = load_model(tmp_path / "adapter", base=load_model(base).bert)
+    expected = dict(whole.bert.state_dict())
+    torch.testing.assert_close(dict(body.state_dict()), expected, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(
+        body.state_dict()["encoder.layer.0.attention.self.query.weight"],
+        load_model(base).bert.state_dict()["encoder.layer.0.attention.self.query.weight"],
+    )
+
+
 def test_an_adapter_on_a_module_leaves_the_module_alone(adapted: Any) -> None:
     base, adapter, expected = adapted
     module = load_model(base)
