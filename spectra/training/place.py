@@ -1,0 +1,69 @@
+"""The folder of a run: whether it may be written, and whether what is in it is to be gone on with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from spectra.atomic import replacing
+from spectra.errors import SpectraError
+from spectra.training.journal import METRICS
+from spectra.training.run import ADAPTER, COMPARISON, MODEL, SUMMARY
+from spectra.training.settings import SETTINGS, TrainSettings
+from spectra.training.state import STATE
+
+
+def check(folder: Path, settings: TrainSettings, *, resume: bool, force: bool) -> None:
+    """Make the folder, and refuse it where it is not this run's to write.
+
+    Raises: SpectraError where it holds another run, this one but nobody asked to go on with it, or other files.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if force:
+            return
+        if (folder / SETTINGS).exists():
+            _check_same(folder, settings)
+            if not resume:
+                finished = (folder / SUMMARY).exists()
+                state, what = ("finished", "show it again") if finished else ("begun and not finished", "go on with it")
+                raise SpectraError(
+                    f"{folder} holds this very run, {state}; give --resume to {what}, or --force to start anew"
+                )
+        elif any(folder.iterdir()):
+            raise SpectraError(f"{folder} holds files that are no run; choose another folder, or --force to use it")
+    except OSError as error:
+        raise _refused(folder, error) from error
+
+
+def claim(folder: Path, settings: TrainSettings, *, force: bool) -> None:
+    """Write settings.json, after which the folder is this run's; `force` first takes away what another run wrote."""
+    try:
+        if force:
+            _clear(folder)
+        with replacing(folder / SETTINGS) as path:
+            path.write_text(json.dumps(settings.to_mapping(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise _refused(folder, error) from error
+
+
+def _refused(folder: Path, error: OSError) -> SpectraError:
+    return SpectraError(f"cannot write into {folder}: {error.strerror or error}; choose another folder for the run")
+
+
+def _check_same(folder: Path, settings: TrainSettings) -> None:
+    there = TrainSettings.from_file(folder / SETTINGS)
+    if different := there.differences(settings):
+        raise SpectraError(
+            f"{folder} holds a run with other settings ({', '.join(different[:5])}"
+            f"{', ...' if len(different) > 5 else ''}); choose another folder, or give --force to replace it"
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Take away what a run writes, and nothing else."""
+    for name in (SUMMARY, STATE, METRICS, SETTINGS):
+        (folder / name).unlink(missing_ok=True)
+    for name in (ADAPTER, MODEL, COMPARISON):
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,0 +1,315 @@
+"""What a run is: every choice that decides its numbers, in frozen values read from a TOML file, a mapping or flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from spectra.errors import SpectraError
+from spectra.training.misspelt import closest
+
+TaskKind = Literal["text-classification", "image-classification", "causal-lm", "masked-lm", "custom"]
+
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """`[model]`: the base. Exactly one of source and factory.
+
+    source: a Hugging Face folder (or an id that is in the local cache).   factory: "package.module:function", called
+    without arguments, gives an `nn.Module`.   dtype: of the weights while they are trained, such as "float32".
+    """
+
+    source: str | None = None
+    factory: str | None = None
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """`[task]`: what is learnt. kind "custom" needs a factory, "package.module:function", called with the base module;
+    it gives a `spectra.training.Task`."""
+
+    kind: TaskKind = "text-classification"
+    factory: str | None = None
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """`[data]`: files of rows (CSV, JSON lines, JSON, Parquet) or image folders with one subfolder a class.
+
+    train, test: a file or folder each; without test, `holdout` of the rows of train, drawn with the seed, are kept
+    apart for it.   max_length: tokens a text is cut to.   limit: rows read of each file.
+    """
+
+    train: str | None = None
+    test: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    max_length: int = 128
+    limit: int | None = None
+    holdout: float = 0.2
+
+
+@dataclass(frozen=True)
+class RetainSettings:
+    """`[retain]`: the base's own task, scored with the base's own head before, during and after training.
+
+    kind None: what the base's class was made for.   test: its data.   factory: as in `[task]`, for kind "custom".
+    """
+
+    kind: TaskKind | None = None
+    factory: str | None = None
+    test: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    max_length: int = 128
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """`[method]`: which parameters move, and from where. Names are those of `spectra.training.METHODS`.
+
+    rank, alpha, targets, exclude, dropout, scale and the patterns are those of `spectra.lora.SliceConfig`; a slice is
+    given by exactly one of position (0 = largest singular values, 1 = smallest) and start.   gradient_batches: over how
+    many training batches `lora_ga` averages the gradient that it starts from.
+    """
+
+    name: str = "slice"
+    rank: int = 8
+    position: float | None = None
+    start: int | None = None
+    alpha: float | None = None
+    scale: Literal["sqrt_sigma", "orthonormal"] = "sqrt_sigma"
+    use_rslora: bool = False
+    targets: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    start_pattern: Mapping[str, int] = field(default_factory=dict)
+    position_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    gradient_batches: int = 8
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """`[optimiser]`. Exactly one of steps and epochs; a step is one update, of batch_size x accumulate examples.
+
+    warmup: the share of all steps over which the rate rises linearly from 0.   weight_decay: of matrices only, never of
+    biases and norms; it pulls A and B toward 0, which for a slice is away from the base.   clip: the largest norm of
+    the gradient; 0: no clipping.   momentum: of sgd.   learning_rate_pattern: globs on parameter names to factors of
+    the learning rate, the first that fits; {"*classifier*": 10.0} lets a new head learn faster.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: float = 0.0
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 32
+    accumulate: int = 1
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    clip: float = 1.0
+    learning_rate_pattern: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """A run. `out` is its folder; two runs of equal settings, but for `out` and what only says how, are one run.
+
+    evaluate_every, save_every: in steps; None evaluates before and after only, and saves at the end only (and on
+    Ctrl-C).   device: "auto", "cpu", "cuda", "cuda:1", "mps".   precision: of the forward pass ("no", "bf16", "fp16").
+    compare: whether base and result are compared at the end.   cache: a folder of base spectra, as of `compare`.
+    trackers: names that `accelerate` knows ("tensorboard", "wandb").
+    """
+
+    model: ModelSettings = ModelSettings()
+    task: TaskSettings = TaskSettings()
+    data: DataSettings = DataSettings()
+    method: MethodSettings = MethodSettings()
+    optimiser: OptimiserSettings = OptimiserSettings()
+    retain: RetainSettings | None = None
+    seed: int = 0
+    out: str | None = None
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    evaluation_batch_size: int = 64
+    device: str = "auto"
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    compare: bool = True
+    cache: str | None = None
+    trackers: tuple[str, ...] = ()
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> TrainSettings:
+        """Read a TOML file (or the settings.json of a run). Raises `SpectraError` naming the key that is wrong."""
+        file = Path(path)
+        try:
+            text = file.read_text(encoding="utf-8")
+            mapping = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SpectraError(f"the settings {file} cannot be read: {reason}; give a TOML file") from error
+        except ValueError as error:
+            raise SpectraError(f"{file} is not valid TOML: {error}") from error
+        return cls.from_mapping(mapping, str(file))
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], source: str = "the settings") -> TrainSettings:
+        """Settings from nested plain values, as TOML gives them.
+
+        >>> TrainSettings.from_mapping({"method": {"name": "slice", "position": 0.5}}).method.position
+        0.5
+        """
+        settings: TrainSettings = _read(cls, mapping, "", source)
+        settings.check(source)
+        return settings
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Nested plain values, which `from_mapping` reads back."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    def changed(self, changes: Mapping[str, Any], source: str = "the settings") -> TrainSettings:
+        """These settings with others in their place, by dotted keys: {"method.position": 0.25, "seed": 1}.
+
+        Of two that exclude each other (steps, epochs; position, start; source, factory) the new one drops the old one,
+        and a method that takes no slice drops the slice of the last one.
+        """
+        mapping = self.to_mapping()
+        for one, other in (*_EITHER, *((other, one) for one, other in _EITHER)):
+            if changes.get(one) is not None and other not in changes:
+                changes = {**changes, other: None}
+        if changes.get("method.name", "slice") not in ("slice", "random"):
+            changes = {**{key: None if "pattern" not in key else {} for key in _OF_A_SLICE}, **changes}
+        for key, value in changes.items():
+            *tables, last = key.split(".", 2)  # what is left in the third place is a pattern, which may hold dots
+            place = mapping
+            for table in tables:
+                if place.get(table) is None:
+                    place[table] = {}
+                place = place[table]
+                if not isinstance(place, dict):
+                    raise SpectraError(f"{source} gives {key!r}, but {table!r} is one value and no table")
+            place[last] = value
+        return type(self).from_mapping(mapping, source)
+
+    def differences(self, other: TrainSettings) -> list[str]:
+        """The dotted keys whose values decide a run's numbers and differ."""
+        one, two = _flat(self.to_mapping()), _flat(other.to_mapping())
+        keys = (key for key in sorted({*one, *two}) if key.split(".")[0] not in _SAYS_HOW)
+        return [key for key in keys if one.get(key) != two.get(key)]
+
+    def check(self, source: str = "the settings") -> None:
+        """Refuse what cannot be run. Raises `SpectraError` naming the key."""
+        method, optimiser = self.method, self.optimiser
+        if self.model.source is not None and self.model.factory is not None:
+            raise SpectraError(f"{source} gives both model.source and model.factory; keep one of them")
+        if method.position is not None and method.start is not None:
+            raise SpectraError(f"{source} gives both method.position and method.start; keep one of them")
+        if method.position is not None and not 0 <= method.position <= 1:
+            raise SpectraError(f"{source} gives method.position = {method.position}, which must lie between 0 and 1")
+        if optimiser.steps is not None and optimiser.epochs is not None:
+            raise SpectraError(f"{source} gives both optimiser.steps and optimiser.epochs; keep one of them")
+        least: dict[str, tuple[float | None, float]] = {
+            "method.rank": (method.rank, 1),
+            "method.start": (method.start, 0),
+            "method.gradient_batches": (method.gradient_batches, 1),
+            "optimiser.steps": (optimiser.steps, 0),
+            "optimiser.epochs": (optimiser.epochs, 0),
+            "optimiser.batch_size": (optimiser.batch_size, 1),
+            "optimiser.accumulate": (optimiser.accumulate, 1),
+            "optimiser.learning_rate": (optimiser.learning_rate, 0),
+            "optimiser.weight_decay": (optimiser.weight_decay, 0),
+            "optimiser.momentum": (optimiser.momentum, 0),
+            "optimiser.warmup": (optimiser.warmup, 0),
+            "optimiser.clip": (optimiser.clip, 0),
+            "data.max_length": (self.data.max_length, 1),
+            "data.limit": (self.data.limit, 1),
+            "data.holdout": (self.data.holdout, 0),
+            "evaluate_every": (self.evaluate_every, 1),
+            "save_every": (self.save_every, 1),
+            "evaluation_batch_size": (self.evaluation_batch_size, 1),
+        }
+        for key, (value, bound) in least.items():
+            if value is not None and not value >= bound:  # not >= refuses NaN too
+                raise SpectraError(f"{source} gives {key} = {value}, which must be at least {bound:g}")
+        for key, share in (("optimiser.warmup", optimiser.warmup), ("data.holdout", self.data.holdout)):
+            if share >= 1:
+                raise SpectraError(f"{source} gives {key} = {share}, which must be below 1")
+
+
+_EITHER = (
+    ("optimiser.steps", "optimiser.epochs"),
+    ("method.position", "method.start"),
+    ("model.source", "model.factory"),
+)
+_OF_A_SLICE = ("method.position", "method.start", "method.position_pattern", "method.start_pattern")
+
+# What changes where and how a run is made and kept, and none of its numbers.
+_SAYS_HOW = {"out", "save_every", "device", "cache", "compare", "trackers"}
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read(table: Any, mapping: Any, where: str, source: str) -> Any:
+    """A frozen settings class out of a mapping, with every key and type checked."""
+    if not isinstance(mapping, Mapping):
+        raise SpectraError(f"{source} gives {where.rstrip('.')} = {mapping!r}, which must be a table of settings")
+    hints = get_type_hints(table)
+    for key in mapping:
+        if key not in hints:
+            place = f"[{where.rstrip('.')}]" if where else "the top level"
+            raise SpectraError(f"{source} gives {where}{key}, which is no setting of {place}{closest(key, hints)}")
+    return table(**{key: _value(hints[key], value, f"{where}{key}", source) for key, value in mapping.items()})
+
+
+def _value(hint: Any, value: Any, key: str, source: str) -> Any:
+    """`value` as the type that the setting has; an int serves as a float, a string as a sequence of one."""
+    if get_origin(hint) in (UnionType, Union):
+        if value is None and type(None) in get_args(hint):
+            return None
+        (hint,) = (option for option in get_args(hint) if option is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return _read(hint, value, f"{key}.", source)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            choices = ", ".join(map(str, get_args(hint)))
+            raise SpectraError(f"{source} gives {key} = {value!r}, which must be one of {choices}")
+        return value
+    if get_origin(hint) is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+            raise SpectraError(f"{source} gives {key} = {value!r}, which must be a list of strings")
+        return tuple(items)
+    if get_origin(hint) is Mapping:
+        _, of = get_args(hint)
+        if not isinstance(value, Mapping):
+            raise SpectraError(f"{source} gives {key} = {value!r}, which must be a table from patterns to values")
+        return {pattern: _value(of, item, f"{key}.{pattern}", source) for pattern, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
+        raise SpectraError(f"{source} gives {key} = {value!r}, which must be {kind[hint.__name__]}")
+    return value

@@ -1,0 +1,375 @@
+"""Whole runs on a small plain network: where methods start, what moves, and that a run can be stopped anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import spectra
+from spectra import SpectraError
+from spectra.lora import merge
+from spectra.training import METHODS, Run, Task, TensorExamples, TrainingInterrupted, load_run, train
+from spectra.training.building import build
+from spectra.training.examples import in_turn
+from spectra.training.loop import _train_mode
+from spectra.training.methods import Preparation, method_named
+from spectra.training.settings import TrainSettings
+from spectra.training.tasks import evaluate
+from tests.training.small import Base, WithNewHead, inputs, make_base, method_settings, new_task, old_task, run_small
+
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+
+PEFT = ["peft:true", "peft:gaussian", "peft:pissa", "peft:olora", "peft:orthogonal"]
+
+
+def curve(run: Run) -> list[dict[str, Any]]:
+    """All lines of the run but for the time they took."""
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    (file,) = run.result.glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same(one: Run, two: Run) -> None:
+    """The same curve, and weights that agree bit by bit."""
+    assert curve(one) == curve(two)
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", [*METHODS, *PEFT])
+def test_every_method_starts_from_the_base_and_learns(tmp_path: Path, name: str) -> None:
+    run = run_small(tmp_path, {"method": method_settings(name), "optimiser": {"steps": 30, "learning_rate": 2e-2}})
+    metrics = run.metrics
+    at_start = metrics[(metrics.step == 0) & (metrics.split == "old")]
+    assert at_start.score.item() == 1.0  # the base's own labels: any change of its function would show
+    with torch.no_grad():
+        logits = make_base()(inputs())
+    exact = torch.nn.functional.cross_entropy(logits, logits.argmax(1)).item()
+    assert at_start.loss.item() == pytest.approx(exact, rel=1e-5)
+    losses = metrics[metrics.split == "train"].loss
+    assert losses[-6:].mean() < losses[:6].mean()
+    assert run.summary["forgetting"] == pytest.approx(1.0 - metrics[metrics.split == "old"].score.iloc[-1])
+    assert run.summary["forgetting"] == 0 or name != "head"
+
+
+@pytest.mark.parametrize("name", ["full", "head", "slice", "lora_ga", "peft:pissa"])
+def test_only_what_the_method_names_moves(tmp_path: Path, name: str) -> None:
+    settings = TrainSettings.from_mapping({"method": method_settings(name)})
+    built = build(settings, base=make_base(), task=new_task)
+    examples = built.task.train
+    assert examples is not None
+    batch = examples.batch(range(16))
+    model = method_named(name)(built.task, settings.method, Preparation(batches=lambda: [batch]))
+    total, _, count = built.task.called_through(model).losses(batch)
+    (total / count).backward()
+    moved = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert moved == {key for key, parameter in model.named_parameters() if parameter.requires_grad} - unused(moved)
+    if name == "full":
+        assert moved == {key for key, _ in model.named_parameters() if "classifier" not in key}
+    elif name == "head":
+        assert moved == {"head.weight", "head.bias"}
+    else:
+        assert all("lora_" in key or ".modules_to_save." in key for key in moved)
+        assert sum("lora_" in key for key in moved) == 4
+
+
+def unused(moved: set[str]) -> set[str]:
+    """The base's own head, which the new task does not call; only a full fine-tuning asks for its gradient."""
+    return {f"body.classifier.{kind}" for kind in ("weight", "bias")} if "body.fc1.weight" in moved else set()
+
+
+def test_head_alone_leaves_the_base_bit_by_bit(tmp_path: Path) -> None:
+    base = make_base()
+    run = run_small(tmp_path, {"method": method_settings("head")})
+    assert isinstance(run.model, WithNewHead)
+    assert all(torch.equal(value, base.state_dict()[name]) for name, value in run.model.body.state_dict().items())
+
+
+def test_frozen_batch_norm_keeps_its_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.BatchNorm2d(2))
+    model[1].requires_grad_(False)
+    _train_mode(model)
+    assert [module.training for module in model] == [True, False, True]
+
+
+def test_given_base_stays_as_it_is(tmp_path: Path) -> None:
+    base = make_base()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    spectra_kept: dict[str, Any] = {}
+    for position in (0.0, 1.0):
+        settings = {"method": {"name": "slice", "rank": 2, "position": position}, "optimiser": {"steps": 3}}
+        train(
+            settings, base=base, task=new_task, spectra=spectra_kept, out=str(tmp_path / str(position)), compare=False
+        )
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert set(spectra_kept) == {"body.fc1", "body.fc2"}
+
+
+def test_accumulated_step_is_the_step_of_the_large_batch(tmp_path: Path) -> None:
+    """Also where batches hold unequal numbers of counted targets, which a mean of means would get wrong."""
+
+    def partly(base: nn.Module) -> Task:
+        task = new_task(base)
+        assert isinstance(task.train, TensorExamples)
+        labels = task.train.columns["labels"].clone()
+        labels[::3] = -100
+        model = nn.Sequential(
+            base.fc1, nn.ReLU(), base.fc2, nn.Linear(16, 3)
+        )  # no dropout: batches draw their own masks
+        torch.nn.init.constant_(model[3].weight, 0.1)
+        torch.nn.init.zeros_(model[3].bias)
+        train = TensorExamples({"input": task.train.columns["x"], "labels": labels})
+        return Task(model, train=train, test=train, head=("3",))
+
+    runs = [
+        train(
+            {
+                "method": {"name": "full"},
+                "optimiser": {"name": "sgd", "steps": 4, "batch_size": size, "accumulate": times},
+            },
+            base=make_base(),
+            task=partly,
+            out=str(tmp_path / str(size)),
+            compare=False,
+        )
+        for size, times in ((24, 1), (8, 3))
+    ]
+    one, two = (weights(run) for run in runs)
+    assert all(torch.allclose(one[name], two[name], atol=1e-7) for name in one)
+
+
+def test_same_seed_repeats_and_another_does_not(tmp_path: Path) -> None:
+    one, two, other = (
+        run_small(tmp_path / name, {"seed": seed, "optimiser": {"steps": 5}})
+        for name, seed in (("one", 0), ("two", 0), ("other", 1))
+    )
+    assert_same(one, two)
+    assert curve(one) != curve(other)
+
+
+def test_caller_keeps_its_random_numbers(tmp_path: Path) -> None:
+    base = make_base()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(
+        {"method": {"name": "head"}, "optimiser": {"steps": 1}, "compare": False, "out": str(tmp_path)},
+        base=base,
+        task=new_task,
+    )
+    assert torch.equal(torch.rand(3), expected)
+
+
+class _Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["full", "slice", "lora_ga"])
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, name: str) -> None:
+    changes = {"method": method_settings(name), "evaluate_every": 4, "save_every": 3}
+    whole = run_small(tmp_path / "whole", changes)
+
+    def stop_at(last: int) -> Any:
+        def progress(step: int, steps: int, word: str) -> None:
+            if step == last:
+                raise _Enough
+
+        return progress
+
+    for last in (5, 10):  # two steps and one step after a save: they are lost, and made again
+        with pytest.raises(_Enough):
+            run_small(tmp_path / "parts", changes, resume=True, progress=stop_at(last))
+    torch.manual_seed(99)
+    parts = run_small(tmp_path / "parts", changes, resume=True)
+    assert_same(whole, parts)
+    timeless = {key: value for key, value in whole.summary.items() if key not in ("seconds", "peak_memory_mib")}
+    assert timeless == {key: value for key, value in parts.summary.items() if key in timeless}
+    assert not (parts.folder / "state.pt").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.training.small import run_small
+
+def progress(step, steps, word):
+    if step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run_small(Path(sys.argv[1]), {"evaluate_every": 5, "save_every": 3}, resume=True, progress=progress)
+"""
+
+
+def test_killed_process_loses_only_the_steps_since_the_last_save(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with pytest.raises(SpectraError, match="not finished; go on with it by --resume"):
+        load_run(tmp_path / "killed")
+    # As a kill in the middle of writing would leave them:
+    (tmp_path / "killed" / ".state.pt.abc.pt").write_bytes(b"half a state")
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "spl')
+    steps: list[int] = []
+    changes = {"evaluate_every": 5, "save_every": 3}
+    resumed = run_small(tmp_path / "killed", changes, resume=True, progress=lambda step, *_: steps.append(step))
+    assert steps[0] == 7
+    assert_same(run_small(tmp_path / "whole", changes), resumed)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    def progress(step: int, steps: int, word: str) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingInterrupted, match=r"interrupted after step 5; .*--resume goes on"):
+        run_small(tmp_path / "parts", progress=progress)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same(run_small(tmp_path / "whole"), run_small(tmp_path / "parts", resume=True))
+
+
+def test_nan_loss_stops_in_one_sentence_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    def poisoned(base: nn.Module) -> Task:
+        task = new_task(base)
+        assert isinstance(task.train, TensorExamples)
+        task.train.columns["x"][42] = float("nan")
+        return task
+
+    settings = {
+        "method": {"name": "full"},
+        "optimiser": {"steps": 6, "batch_size": 16},
+        "out": str(tmp_path),
+        "save_every": 1,
+    }
+    with pytest.raises(SpectraError) as raised:
+        train(settings, base=make_base(), task=poisoned)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert "became nan at step" in message and "learning rate 0.000" in message and "last finite loss" in message
+    step = int(message.split("at step ")[1].split()[0])
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert step > 1  # the seed draws the poisoned example later
+    assert state["step"] == step - 1
+    assert all(torch.isfinite(value).all() for value in state["tensors"].values())
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_step_that_overflows_is_never_saved(tmp_path: Path) -> None:
+    """Loss and gradient are finite, and only the weights after the step are not."""
+
+    def large(base: nn.Module) -> Task:
+        task = new_task(base)
+        assert isinstance(task.train, TensorExamples)
+        task.train.columns["x"].mul_(1e3)
+        return task
+
+    optimiser = {"name": "sgd", "learning_rate": 3e38, "schedule": "constant", "clip": 0, "steps": 3}
+    settings = {"method": {"name": "full"}, "optimiser": optimiser, "save_every": 1, "out": str(tmp_path)}
+    with pytest.raises(SpectraError, match=r"at step 1 .*no state had been saved yet; lower optimiser\.learning_rate"):
+        train(settings, base=make_base(), task=large)
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_folder_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
+    run = run_small(tmp_path / "run")
+    before = (run.folder / "summary.json").read_text()
+    with pytest.raises(SpectraError, match=r"other settings \(optimiser\.steps\)"):
+        run_small(tmp_path / "run", {"optimiser": {"steps": 2}}, resume=True)
+    with pytest.raises(SpectraError, match="this very run, finished; give --resume to show it again"):
+        run_small(tmp_path / "run")
+    assert run_small(tmp_path / "run", resume=True).summary == run.summary
+    assert (run.folder / "summary.json").read_text() == before
+    assert run_small(tmp_path / "run", {"optimiser": {"steps": 2}}, force=True).summary["steps"] == 2
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    with pytest.raises(SpectraError, match="holds files that are no run"):
+        run_small(tmp_path / "other")
+    run_small(tmp_path / "other", force=True)
+    assert (tmp_path / "other" / "thesis.tex").read_text() == "years of work"
+
+
+def test_resuming_from_another_base_or_a_broken_state_is_refused(tmp_path: Path) -> None:
+    def progress(step: int, steps: int, word: str) -> None:
+        if step == 6:
+            raise _Enough
+
+    with pytest.raises(_Enough):
+        run_small(tmp_path, {"save_every": 3}, progress=progress)
+    settings = TrainSettings.from_file(tmp_path / "settings.json")
+    torch.manual_seed(8)
+    with pytest.raises(SpectraError, match="the base is not the one"):
+        train(settings, base=Base(), task=new_task, retain={"old": old_task}, resume=True)
+    state = (tmp_path / "state.pt").read_bytes()
+    (tmp_path / "state.pt").write_bytes(state[: len(state) // 2])
+    with pytest.raises(SpectraError, match=r"state\.pt is no saved state of a run"):
+        run_small(tmp_path, {"save_every": 3}, resume=True)
+
+
+@pytest.mark.parametrize("name", ["slice", "lora", "full"])
+def test_result_reproduces_the_score_and_is_compared(tmp_path: Path, name: str) -> None:
+    run = run_small(tmp_path, {"method": method_settings(name), "compare": True})
+    assert run.model is not None
+    model = merge(run.model) if name != "full" else run.model
+    task = new_task(make_base()).called_through(model)
+    assert evaluate(task, in_turn(task.test, 64))["score"] == run.summary["score"]
+    layers = run.comparison.layers.set_index("name")
+    assert set(layers.index[layers.status == "compared"]) == {"body.fc1.weight", "body.fc2.weight"}
+    rank = {"slice": 8, "lora": 4, "full": 12}[name]
+    assert layers.numerical_rank["body.fc1.weight"] == rank
+    base = {f"body.{key}": value for key, value in make_base().state_dict().items()}
+    again = spectra.compare(base, run.result).layers.set_index("name")
+    wanted = layers.relative_update["body.fc2.weight"]
+    assert again.relative_update["body.fc2.weight"] == pytest.approx(wanted, rel=1e-9)
+    assert load_run(run.folder).summary == run.summary
+
+
+def test_curves_show_both_tasks(tmp_path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    run = load_run(run_small(tmp_path, {"evaluate_every": 4}).folder)
+    axes = run.plot.curves()
+    new, old = axes.get_lines()
+    assert list(new.get_xdata()) == [0, 4, 8, 12] == list(old.get_xdata())
+    assert old.get_ydata()[0] == 1.0
+    assert new.get_ydata()[-1] == run.summary["score"]
+    plt.close("all")
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """On the CPU, by gloo: gradients of the shares of a batch add up to that of the whole."""
+    script = """
+import sys
+from pathlib import Path
+from tests.training.small import run_small
+run_small(Path(sys.argv[1]), {"device": "cpu", "optimiser": {"steps": 3}}, still=True)
+"""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+    command = [*launch, sys.executable, "-c", script, str(tmp_path / "two")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    one = run_small(tmp_path / "one", {"device": "cpu", "optimiser": {"steps": 3}}, still=True)
+    two = load_run(tmp_path / "two")
+    assert (one.summary["processes"], two.summary["processes"]) == (1, 2)
+    assert two.metrics[["step", "split", "score"]].equals(one.metrics[["step", "split", "score"]])
+    assert two.metrics.loss.tolist() == pytest.approx(one.metrics.loss.tolist(), rel=1e-5)
+    a, b = weights(one), weights(two)
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
