@@ -91,21 +91,23 @@ class Job:
         seen: dict[str, Outcome] = {}  # by the bits of W', where several models are compared
         for label, pair in self.pairs:
             try:
-                tuned = base.stored if pair.is_untouched else pair.load_tuned()
-                if isinstance(tuned, Tensor) and identical(tuned, base.stored):
-                    yield unchanged(label, pair, base.stored)
-                    continue
-                key = bits(tuned, self) if isinstance(tuned, Tensor) else ""
-                if key in seen:
-                    yield shared(seen[key], label, pair)
-                    continue
-                found = _outcome(label, pair, tuned, base, settings)
+                found = self._one(label, pair, base, settings, seen)
             except CAN_FAIL as error:
-                yield failed(error, label, pair)
-                continue
-            if key:
-                seen[key] = found
+                found = failed(error, label, pair)
             yield found
+
+    def _one(self, label: str, pair: Pair, base: _Base, settings: Settings, seen: dict[str, Outcome]) -> Outcome:
+        """What became of one pair. A call of its own lets go of its W' before the next one is loaded."""
+        tuned = base.stored if pair.is_untouched else pair.load_tuned()
+        if isinstance(tuned, Tensor) and identical(tuned, base.stored):
+            return unchanged(label, pair, base.stored)
+        key = bits(tuned, self) if isinstance(tuned, Tensor) else ""
+        if key in seen:
+            return shared(seen[key], label, pair)
+        found = _outcome(label, pair, tuned, base, settings)
+        if key:
+            seen[key] = found
+        return found
 
 
 def _precision(pair: Pair, settings: Settings) -> torch.dtype:
@@ -125,7 +127,7 @@ class _Base:
 
     @property
     def weight(self) -> Tensor:
-        """W as the numerics take it: no wider than stored until the products need it."""
+        """W as the numerics take it: no wider than stored."""
         return _on(self.device, self.stored)
 
     def spectrum(self, dtype: torch.dtype) -> Spectrum:
@@ -148,24 +150,28 @@ class _Base:
 def _outcome(label: str, pair: Pair, tuned: Tensor | LowRank, base: _Base, settings: Settings) -> Outcome:
     dtype = _precision(pair, settings)
     spectrum = base.spectrum(dtype)
+    weight: Tensor | LowRank
     if isinstance(tuned, LowRank):
-        tuned = LowRank(tuned.B.to(base.device), tuned.A.to(base.device), tuned.c)
-        for factor in (tuned.A, tuned.B):
+        weight, is_ours = LowRank(tuned.B.to(base.device), tuned.A.to(base.device), tuned.c), False
+        for factor in (weight.A, weight.B):
             if not bool(torch.isfinite(factor).all()):
                 raise _refused(factor, f"factors for {pair.tuned_tensor}", pair.tuned.source)
     else:
-        tuned = _on(base.device, tuned)
+        weight = _on(base.device, tuned)
+        # What was read from files, or copied, nobody else looks at; a state dict in memory is the caller's.
+        is_ours = bool(pair.tuned.files) or weight.data_ptr() != tuned.data_ptr()
     try:
         measured = measure(
-            base.weight.to(dtype),
+            base.weight,
             spectrum,
-            tuned,
+            weight,
             base_dtype=pair.base_dtype,
             tuned_dtype=pair.tuned_dtype,
             slices=settings.slices,
             top=settings.top,
             epsilon=settings.epsilon,
             fast=settings.fast,
+            overwrite=is_ours,
         )
     except NotFiniteError as error:
         assert isinstance(tuned, Tensor)
@@ -204,7 +210,8 @@ def identical(one: Tensor, other: Tensor) -> bool:
 
 
 def _on(device: torch.device, weight: Tensor) -> Tensor:
-    return weight.to(device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    """A stored weight on the device: as it is in a dtype that torch computes with, else in float32."""
+    return weight.to(device, torch.float32 if weight.dtype.itemsize == 1 else weight.dtype)
 
 
 def not_finite(weight: Tensor, pair: Pair, side: str) -> SpectraError:

@@ -195,7 +195,7 @@ def values(D: Tensor, G: Tensor, squarable: bool) -> Tensor:
     S, sound = gram_values(G)
     for index in _unsound(sound, D):
         small = is_small(D.shape[1], D.shape[2])
-        S[index] = _direct_values(D[index]) if small else singular_values(D[index[0]].float())[None]
+        S[index] = _direct_values(D[index]) if small else singular_values(D[index[0]])[None]
     return S
 
 

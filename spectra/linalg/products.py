@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +16,41 @@ from spectra.linalg.lapack import add_gram, add_symmetric_product
 
 CLEARLY_FASTER = 1.5
 CHUNK = 512  # columns that are upcast to float64 at once, so that no float64 copy of a whole weight is made
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A - B of two (p x q) matrices of any real floating dtypes, made in float64 of one block at a time.
+
+    Two float32 numbers that are not 2^29 apart in size differ by a number that float64 holds exactly. Rounded to
+    float32, the difference would move its singular values by up to 1e-8 of the largest.
+
+    >>> float(Difference(torch.tensor([1 + 2.0**-20]), torch.tensor([2.0**-30])).double() - 1) == 2.0**-20 - 2.0**-30
+    True
+    """
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.A.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.A.device
+
+    @property
+    def T(self) -> Difference:
+        return Difference(self.A.T, self.B.T)
+
+    def __getitem__(self, index: Any) -> Difference:
+        """The difference of what `index` picks of both, not formed."""
+        return Difference(self.A[index], self.B[index])
+
+    def double(self) -> Tensor:
+        """A - B, formed."""
+        return self.A.to(torch.float64, copy=True).sub_(self.B.double())
 
 
 def matmul(A: Tensor, B: Tensor) -> Tensor:
@@ -47,7 +84,7 @@ def gemm_library() -> Literal["numpy", "torch"]:
     return "torch" if CLEARLY_FASTER * seconds["torch"] < seconds["numpy"] else "numpy"
 
 
-def gram(A: Tensor) -> Tensor:
+def gram(A: Tensor | Difference) -> Tensor:
     """The lower triangle of A A^T, in float64, with zeros above it; p^2 q flops.
 
     Args: A (p x q), any real floating dtype. The products of float32 entries are exact in float64, so that
@@ -57,9 +94,19 @@ def gram(A: Tensor) -> Tensor:
     if A.device.type != "cpu":
         wide = A.double()
         return torch.tril(wide @ wide.T)
+    return gram_of_blocks((A[:, start : start + CHUNK].double() for start in range(0, q, CHUNK)), p, A.device)
+
+
+def gram_of_blocks(blocks: Iterable[Tensor], p: int, device: torch.device) -> Tensor:
+    """`gram` of a matrix that is given by blocks of its columns, each (p x any), float64, on `device`."""
+    if device.type != "cpu":
+        total = torch.zeros(p, p, dtype=torch.float64, device=device)
+        for block in blocks:
+            total += torch.tril(block @ block.T)
+        return total
     G = np.zeros((p, p), order="F")
-    for start in range(0, q, CHUNK):
-        add_gram(_float64(A[:, start : start + CHUNK]), G)
+    for block in blocks:
+        add_gram(_dense(block), G)
     return torch.from_numpy(G)
 
 
@@ -77,7 +124,7 @@ def diagonal_plus_product(diagonal: Tensor, P: Tensor, Z: Tensor) -> Tensor:
     return torch.from_numpy(G)
 
 
-def product64(A: Tensor, X: Tensor) -> Tensor:
+def product64(A: Tensor | Difference, X: Tensor) -> Tensor:
     """A X in float64 for A (p x q, any floating dtype) and X (q x r, float64), upcasting A by blocks of rows."""
     result = torch.empty(A.shape[0], X.shape[1], dtype=torch.float64, device=A.device)
     for start in range(0, A.shape[0], CHUNK):
@@ -86,8 +133,8 @@ def product64(A: Tensor, X: Tensor) -> Tensor:
     return result
 
 
-def _float64(block: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """A dense float64 copy whose memory order follows the block's own, whichever is cheaper to read."""
+def _dense(block: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """The block without gaps in memory, in its own order of rows and columns; a copy only where it has gaps."""
     if block.stride(0) <= block.stride(1):
-        return block.T.double().contiguous().numpy().T
-    return block.double().contiguous().numpy()
+        return block.T.contiguous().numpy().T
+    return block.contiguous().numpy()

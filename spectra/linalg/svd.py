@@ -96,12 +96,17 @@ def gram_certified(A: Tensor) -> tuple[Tensor, float, float]:
     Raises NotFiniteError where A is not finite: squares of float32 do not overflow float64, so the trace tells.
     """
     G = gram(A)
-    diagonal = torch.diagonal(G)
-    trace = float(diagonal.sum())
+    trace, squared_norm = certificates(G)
     if not np.isfinite(trace):
         raise NotFiniteError(f"{describe_not_finite(A)}: it has no singular values")
-    squared_norm = 2 * float(torch.linalg.vector_norm(G)) ** 2 - float(torch.linalg.vector_norm(diagonal)) ** 2
     return G, trace, squared_norm
+
+
+def certificates(G: Tensor) -> tuple[float, float]:
+    """The trace and the squared Frobenius norm of a symmetric matrix given by its lower triangle, zeros above."""
+    diagonal = torch.diagonal(G)
+    squared_norm = 2 * float(torch.linalg.vector_norm(G)) ** 2 - float(torch.linalg.vector_norm(diagonal)) ** 2
+    return float(diagonal.sum()), squared_norm
 
 
 def certified_reduction(A: Tensor, few: bool) -> tuple[Eigen, Tensor]:
@@ -109,7 +114,11 @@ def certified_reduction(A: Tensor, few: bool) -> tuple[Eigen, Tensor]:
 
     Raises NotFiniteError where A is not finite, LapackError where the eigenvalues do not add up.
     """
-    G, trace, squared_norm = gram_certified(A)
+    return reduced_gram(*gram_certified(A), few)
+
+
+def reduced_gram(G: Tensor, trace: float, squared_norm: float, few: bool) -> tuple[Eigen, Tensor]:
+    """A Gram matrix reduced, which overwrites it, and its eigenvalues, held against its trace and norm."""
     reduced = reduce_symmetric(G, few)
     values = reduced.values()
     certify(values, trace, squared_norm)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from spectra.linalg.lapack import LapackError
 from spectra.linalg.lowrank import LowRank
-from spectra.linalg.products import CHUNK, gram, matmul, product64
-from spectra.linalg.svd import GRAM, TAIL, certified_reduction, gram_certified, svd
+from spectra.linalg.products import CHUNK, Difference, gram, gram_of_blocks, matmul, product64
+from spectra.linalg.svd import GRAM, TAIL, certificates, certified_reduction, reduced_gram, svd
 from spectra.linalg.symmetric import Eigen, reduce_symmetric
 
 VALUES_TAIL = 1e-5  # values under VALUES_TAIL * s_0 lose more than 1e-10 s_0 to squaring and are computed again
@@ -67,25 +67,28 @@ def leading_triplets(W: Tensor, count: int) -> Triplets:
     return Triplets(Y.float(), S, Z.float(), GRAM)
 
 
-def singular_values(A: Tensor | LowRank, G: Tensor | None = None) -> Tensor:
+def singular_values(A: Tensor | LowRank | Difference, G: Tensor | None = None) -> Tensor:
     """All min(m, n) singular values, descending, float64; those of a LowRank beyond its r factors' are left out.
 
-    Args: A (m, n), or a LowRank (then O((m + n) r^2) flops); G: the Gram matrix `gram(A)` on the short side where the
-    caller has it already (it is overwritten).   Raises: NotFiniteError where an entry is NaN or infinite.
+    Args: A (m, n), or a LowRank (then O((m + n) r^2) flops), or the Difference of two finite matrices, which is squared
+    whatever their dtypes; G: the Gram matrix `gram(A)` on the short side where the caller has it already (it is
+    overwritten).   Raises: NotFiniteError where an entry is NaN or infinite.
     """
     if isinstance(A, LowRank):
         return svd(A.core()).S
-    if A.dtype == torch.float64:
+    if isinstance(A, Tensor) and A.dtype == torch.float64:
         return svd(A).S
-    short = (A if A.shape[0] <= A.shape[1] else A.T).float()
+    short = A if A.shape[0] <= A.shape[1] else A.T
     try:
-        reduced = reduce_symmetric(gram_certified(short)[0] if G is None else G, few=True)
-        return unsquared_values(short, reduced, reduced.values())
+        if G is None and isinstance(short, Tensor):
+            return unsquared_values(short, *certified_reduction(short, few=True))
+        G = gram(short) if G is None else G
+        return unsquared_values(short, *reduced_gram(G, *certificates(G), few=True))
     except LapackError:
-        return svd(A).S
+        return svd(A.double() if isinstance(A, Difference) else A).S
 
 
-def unsquared_values(A: Tensor, reduced: Eigen, squared: Tensor) -> Tensor:
+def unsquared_values(A: Tensor | Difference, reduced: Eigen, squared: Tensor) -> Tensor:
     """Square roots of the eigenvalues of A A^T, those of the tail computed again from A without its head.
 
     Args: A (p x q), p <= q; its Gram matrix as reduced, and the eigenvalues `squared` of that, descending.
@@ -96,16 +99,16 @@ def unsquared_values(A: Tensor, reduced: Eigen, squared: Tensor) -> Tensor:
     tail = len(S) - head
     if S[0] == 0 or tail == 0:
         return S
+    wide = (A[:, start : start + CHUNK].double() for start in range(0, A.shape[1], CHUNK))  # (p, chunk)
     if tail <= len(S) // 2:
         U = reduced.vectors_between(head, len(S))[1]
-        again = gram(product64(A.T, U).T)
+        blocks = (matmul(U.T, block) for block in wide)  # (tail, chunk)
+        again = gram_of_blocks(blocks, tail, A.device)
     else:  # cheaper to take the few head directions away than to find the many of the tail
         U = reduced.vectors_between(0, head)[1]
-        again = torch.zeros(len(S), len(S), dtype=torch.float64, device=A.device)
-        for start in range(0, A.shape[1], CHUNK):
-            block = A[:, start : start + CHUNK].double()
-            again += gram(block - matmul(U, matmul(U.T, block)))
-    S[head:] = reduce_symmetric(again.T.contiguous().T, few=True).values()[:tail].clamp(min=0).sqrt()
+        blocks = (block - matmul(U, matmul(U.T, block)) for block in wide)  # (p, chunk)
+        again = gram_of_blocks(blocks, len(S), A.device)
+    S[head:] = reduce_symmetric(again, few=True).values()[:tail].clamp(min=0).sqrt()
     return S
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from math import isfinite
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spectra.errors import SpectraError
 from spectra.linalg.iterative import float32_gram, lanczos_triplets
 from spectra.linalg.lapack import LapackError
 from spectra.linalg.lowrank import LowRank
 from spectra.linalg.perturbed import perturbed_triplets
-from spectra.linalg.products import gram
+from spectra.linalg.products import CHUNK, Difference, gram
 from spectra.linalg.projected import project
 from spectra.linalg.svd import Spectrum
 from spectra.linalg.triplets import Triplets, leading_triplets, singular_values
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
+
+Dense = TypeVar("Dense", Tensor, Difference)
 
 
 def measure(
@@ -37,11 +41,15 @@ def measure(
     top: int = 10,
     epsilon: float = 0.5,
     fast: bool = False,
+    overwrite: bool = False,
 ) -> Measured:
     """Measure what happened to W.
 
+    The singular values and the norm of D = W' - W are those of the float64 difference; D in the dtype of base.U, whose
+    entries are rounded, is made for C and the energies alone.
+
     Args:
-        W: (m, n) the base weight, and `base` its spectrum, of one device; W in float32 or float64, as base.U.
+        W: (m, n) the base weight in any real floating dtype, and `base` its spectrum, of one device.
         tuned: W' (m, n), or the update D as factors.
         base_dtype, tuned_dtype: as stored, for the rounding floor.
         slices: into how many slices the components are cut.   top: leading triplets compared.   epsilon: intruder
@@ -49,15 +57,17 @@ def measure(
         fast: iterate the leading triplets instead of computing all singular values. What needs them all (nuclear norm,
             effective, numerical and energy ranks, spectral shift) is NaN then, but for updates given as factors; and so
             is the rotation of those.
-    Raises: NotFiniteError where W' holds NaN or infinite entries.
+        overwrite: whether D may take the place of W' where both are of one dtype, which spares a matrix.
+    Raises: NotFiniteError where W' holds NaN or infinite entries, and then W' is as it was; SpectraError where an entry
+        of D leaves the range of the dtype of base.U.
+    Memory beside the arguments: of float64 squares of the short side at most three, and a D that finds no place.
     """
     if isinstance(tuned, LowRank):
         found = _factored(base, tuned, slices, top, fast)
         nothing = np.array(0.0)
         stored = Rounding(nothing, nothing, np.array(np.nan))  # factors carry no storage noise of W or W'
     else:
-        D = tuned.to(W.dtype) - W
-        found = _dense(base, tuned, D, slices, top, fast)
+        found, D = _dense(base, W, tuned, slices, top, fast, overwrite)
         stored = rounding(W, D, base_dtype, tuned_dtype)
     exact = isinstance(tuned, LowRank) or base_dtype == tuned_dtype == torch.float64
     (row,) = rows(
@@ -85,22 +95,59 @@ def _factored(base: Spectrum, D: LowRank, slices: int, top: int, fast: bool) -> 
 
 
 def _dense(
-    base: Spectrum, tuned: Tensor, D: Tensor, slices: int, top: int, fast: bool
-) -> tuple[Triplets, Decomposition, Array]:
-    """Triplets of W', the split of D and its singular values: all of them, or (`fast`) the largest and NaN."""
-    short = D if D.shape[0] <= D.shape[1] else D.T
-    if fast and D.dtype == torch.float32:
+    base: Spectrum, W: Tensor, tuned: Tensor, slices: int, top: int, fast: bool, overwrite: bool
+) -> tuple[tuple[Triplets, Decomposition, Array], Tensor]:
+    """Triplets of W', the split of D and its singular values: all of them, or (`fast`) the largest and NaN; and D.
+
+    D comes last: it may be W' that is overwritten.
+    """
+    k, dtype = len(base.S), base.U.dtype
+    if fast and dtype == torch.float32:
         try:
-            triplets = _iterated(tuned, top)
-            G = float32_gram(short)
-            largest = _iterated(D, 1, G).S
-            return triplets, decompose(base, D, slices, gram=torch.tril(G)), _padded(largest, len(base.S), np.nan)
+            triplets = _iterated(tuned.float(), top)
         except LapackError:
             pass  # small, clustered or out of float32's range: the direct way copes
+        else:
+            D = _update(W, tuned, dtype, overwrite)
+            G, values = _largest(D)
+            return (triplets, decompose(base, D, slices, gram=G), _padded(values, k, np.nan)), D
     triplets = leading_triplets(tuned, top)
-    G = gram(short)
-    split = decompose(base, D, slices, gram=G)
-    return triplets, split, singular_values(D, G).cpu().numpy()
+    if dtype == torch.float64:
+        D = _update(W, tuned, dtype, overwrite)
+        G, values = gram(_short_side_first(D)), singular_values(D)
+    else:
+        exact = _short_side_first(Difference(tuned, W))
+        G = gram(exact)
+        values = singular_values(exact, G.clone())
+        D = _update(W, tuned, dtype, overwrite)
+    return (triplets, decompose(base, D, slices, gram=G), values.cpu().numpy()), D
+
+
+def _update(W: Tensor, tuned: Tensor, dtype: torch.dtype, overwrite: bool) -> Tensor:
+    """D = W' - W (m, n), computed in the widest of the dtypes; in the place of W' where that may be overwritten."""
+    widest = torch.promote_types(torch.promote_types(W.dtype, tuned.dtype), dtype)
+    D = tuned.to(widest, copy=not overwrite)
+    for start in range(0, len(D), CHUNK):  # by blocks: of a W in another dtype, a copy is made
+        D[start : start + CHUNK] -= W[start : start + CHUNK]
+    D = D.to(dtype)
+    if not all(map(isfinite, torch.aminmax(D))):
+        raise SpectraError("W' - W has entries beyond the range of its dtype; compare in float64, or scale both down")
+    return D
+
+
+def _largest(D: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gram matrix of D on the short side, its lower triangle, and the largest singular value of D, or all."""
+    short = _short_side_first(D)
+    try:
+        G = float32_gram(short)
+        return torch.tril(G), _iterated(D, 1, G).S
+    except LapackError:
+        wide = gram(short)
+        return wide, singular_values(D, wide.clone())
+
+
+def _short_side_first(X: Dense) -> Dense:
+    return X if X.shape[0] <= X.shape[1] else X.T
 
 
 def _iterated(W: Tensor, count: int, G: Tensor | None = None) -> Triplets:

@@ -39,7 +39,8 @@ def rounding(W: Tensor, D: Tensor, base_dtype: torch.dtype, tuned_dtype: torch.d
     An entry w stored with spacing ulp(w) is off by a uniform error of variance ulp(w)^2 / 12; base and tuned add up.
     For Gaussian weights the floor is 1.7e-3 for one bfloat16 side, 2.1e-4 for float16, 2.5e-8 for float32.
 
-    Args: W and D = W' - W, both (m, n) or (b, m, n), in float32 or float64; the dtypes as stored. A zero W has floor 0.
+    Args: W in any real floating dtype and D = W' - W in float32 or float64, both (m, n) or (b, m, n); the dtypes as
+        stored. A zero W has floor 0.
     """
     coarse = base_dtype if torch.finfo(base_dtype).eps >= torch.finfo(tuned_dtype).eps else tuned_dtype
     fine = tuned_dtype if coarse == base_dtype else base_dtype
@@ -47,7 +48,8 @@ def rounding(W: Tensor, D: Tensor, base_dtype: torch.dtype, tuned_dtype: torch.d
     unmoved, noise_energy, tuned_energy, energy = torch.zeros(4, *W.shape[:-2], dtype=torch.float64, device=W.device)
     step = max(1, BLOCK // n)
     for start in range(0, m, step):
-        W_rows, D_rows = W[..., start : start + step, :], D[..., start : start + step, :]
+        D_rows = D[..., start : start + step, :]
+        W_rows = W[..., start : start + step, :].to(D.dtype)
         power = _power_of_two(W_rows)
         spacing = _spacing(W_rows, power, coarse)
         unmoved += torch.count_nonzero(D_rows.abs() <= spacing, dim=(-2, -1))

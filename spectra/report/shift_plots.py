@@ -84,7 +84,8 @@ class ShiftPlots:
     def depth(self, *, ax: Axes | None = None) -> Axes:
         """Own and inherited shift, ||.||_F over ||Sigma_Y||_F, against depth: medians and quartiles of each block.
 
-        Own shifts are those of the matrices that moved: an adapter leaves most of them alone. Where no matrix lies in a numbered block, matrices are drawn in file order.
+        Own shifts are those of the matrices that moved: an adapter leaves most of them alone. Where no matrix lies in
+        a numbered block, matrices are drawn in file order.
         """
         layers = self.result.layers[np.isfinite(self.result.layers["relative_shift"])]
         if layers.empty:

@@ -158,6 +158,23 @@ def test_cosines_of_the_leading_directions(kind: str) -> None:
     np.testing.assert_allclose(found.best_cosine, [match.best_cosine for match in matches], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("last", [-8, -24])
+@pytest.mark.parametrize(("m", "n"), [(140, 200), (200, 140)])
+def test_the_tail_of_an_update(m: int, n: int, last: int) -> None:
+    """Rows of falling size give D singular values down to nothing: squaring alone, or a float32 D, would lose them.
+
+    The tail is the smaller part of them in one case, and the larger in the other.
+    """
+    generator = np.random.default_rng(0)
+    size = np.logspace(0, last, m)[:, None]
+    W, tuned = (torch.from_numpy(size * generator.normal(size=(m, n))).float() for _ in range(2))
+    D = tuned.double().numpy() - W.double().numpy()
+    true = singular.svd(D).s
+    found = measure(W, svd(W), tuned, base_dtype=torch.float32, tuned_dtype=torch.float32)
+    np.testing.assert_allclose(found.components["update_singular_value"], true, rtol=0, atol=VALUES * true[0])
+    assert not np.allclose(singular.svd((tuned - W).double().numpy()).s, true, rtol=0, atol=VALUES * true[0])
+
+
 @pytest.mark.parametrize("shape", ["", ", wide", ", tall"])
 def test_a_float32_svd_would_not_pass(shape: str) -> None:
     """The yardstick can fail: the usual float32 SVD is wrong by whole per cents in the last slice of "decay"."""
@@ -208,16 +225,17 @@ def assert_exact(components: Columns, slices: Columns, row: Mapping[str, Any], w
     W = weight.double().numpy()
     base, tuned, update = singular.svd(W), singular.svd(W + D), singular.svd(D)
     largest = max(base.s[0], tuned.s[0])
-    rounding = 2.0**-24 * np.linalg.norm(D) if row["update_form"] == "dense" else 0.0  # D is formed in float32
-    for column, side, extra in (
-        ("singular_value", base, 0.0),
-        ("tuned_singular_value", tuned, 0.0),
-        ("update_singular_value", update, rounding),
+    for column, side, scale in (
+        ("singular_value", base, largest),
+        ("tuned_singular_value", tuned, largest),
+        ("update_singular_value", update, update.s[0]),
     ):
-        np.testing.assert_allclose(components[column], side.s, rtol=0, atol=VALUES * largest + extra, err_msg=column)
+        np.testing.assert_allclose(components[column], side.s, rtol=0, atol=VALUES * scale, err_msg=column)
+    assert row["spectral_norm_update"] == pytest.approx(update.s[0], rel=VALUES)
+    assert row["nuclear_norm_update"] == pytest.approx(update.s.sum(), rel=VALUES)
     expected = decomposition.decompose(W, D, base)
     total = expected.update_energy
-    assert row["update_norm"] == pytest.approx(np.sqrt(total), rel=ENERGIES)
+    assert row["update_norm"] == pytest.approx(np.sqrt(total), rel=VALUES)
     clusters = singular.clusters(base.s, CLUSTER)
     alive = base.s > NULL * base.s[0]
     assert_energies(components, expected, W.shape, clusters, alive)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spectra.errors import SpectraError
 from spectra.linalg.lowrank import LowRank
 from spectra.linalg.svd import svd
 from spectra.measures.matrix import Measured, measure
@@ -135,6 +136,37 @@ def test_the_table_of_components_and_the_row_tell_one_story(pair: tuple[Tensor, 
             got.layer["diagonal_share"] * energy, rel=1e-6, abs=1e-9 * energy
         )
     assert np.sum(got.slices["plasticity"]) == pytest.approx(1.0 if energy > 0 else 0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(40, 70), (70, 40)])
+def test_an_update_in_the_place_of_the_tuned_weight_says_the_same(
+    shape: tuple[int, int], dtype: torch.dtype, fast: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(shape, generator=generator).to(dtype)
+    tuned = W + (0.1 * torch.randn(shape, generator=generator)).to(dtype)
+    before = W.clone(), tuned.clone()
+    args = {"base_dtype": dtype, "tuned_dtype": dtype, "fast": fast}
+    apart = measure(W, svd(W), tuned, **args)
+    assert torch.equal(W, before[0])
+    assert torch.equal(tuned, before[1])
+    in_place = measure(W, svd(W), tuned, **args, overwrite=True)
+    assert torch.equal(W, before[0])
+    if dtype != torch.bfloat16:  # whose place is too narrow
+        assert torch.equal(tuned, before[1] - before[0])
+    np.testing.assert_equal(in_place.layer, apart.layer)
+    for table in ("components", "slices"):
+        np.testing.assert_equal(getattr(in_place, table), getattr(apart, table))
+
+
+def test_an_update_beyond_the_range_of_float32_is_refused() -> None:
+    W = torch.diag(torch.full((140,), 3e38))
+    with pytest.raises(SpectraError, match="range of its dtype; compare in float64"):
+        measured(W, -W)
+    wide = measure(W, svd(W, torch.float64), -W, base_dtype=torch.float32, tuned_dtype=torch.float32)
+    assert wide.layer["spectral_norm_update"] == pytest.approx(2 * float(W[0, 0]))
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 12), (12, 8), (1, 6), (6, 1), (1, 1)])
