@@ -14,7 +14,22 @@ from rich.console import Console  # noqa: E402
 
 from spectra.errors import SpectraError  # noqa: E402
 
-from . import cache, compare, define, demo, extract, inspect, report  # noqa: E402
+from . import (  # noqa: E402
+    cache,
+    compare,
+    covariance,
+    define,
+    demo,
+    edit,
+    extract,
+    inspect,
+    intruders,
+    mitigate,
+    overlap,
+    report,
+    sweep,
+    train,
+)
 
 app = typer.Typer(
     name="spectra",
@@ -24,7 +39,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _command in (compare, inspect, report, extract, cache, define, demo):
+for _command in (
+    compare, covariance, intruders, overlap, inspect, report, extract, mitigate, edit, train, sweep,
+    cache, define, demo,
+):  # fmt: skip
     _command.register(app)
 
 
