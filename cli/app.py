@@ -40,8 +40,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for _command in (
-    compare, covariance, intruders, overlap, inspect, report, extract, mitigate, edit, train, sweep,
-    cache, define, demo,
+    compare, covariance, intruders, overlap, inspect, report, extract, mitigate, edit, train, sweep, cache, define,
+    demo,
 ):  # fmt: skip
     _command.register(app)
 

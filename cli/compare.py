@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from spectra.errors import SpectraError
 
 from .options import AsJson, Exclude, Include, Quiet, Transposed, Workers
 from .output import check_writable, finish
 from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from spectra.report.sequence_table import Scores
 
 
 class Precision(enum.StrEnum):
@@ -64,6 +69,17 @@ def compare(
     cache_limit: Annotated[
         float, typer.Option(help="GiB in that folder; beyond it, the least recently used spectra go.", min=0)
     ] = 20,
+    sequence: Annotated[
+        bool,
+        typer.Option("--sequence", help="The tuned checkpoints are in order (steps of a run, tasks): show the course."),
+    ] = False,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --sequence: a CSV file with the columns label and score (of the new task), forgetting, or both. "
+            "By default those that `spectra train` left beside the checkpoints.",
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(help="How many of the most changed matrices the table shows.", min=1)] = 15,
     pictures: Annotated[bool, typer.Option(help="Whether --out gets pictures and report.html.")] = True,
     as_json: AsJson = False,
@@ -82,9 +98,14 @@ def compare(
       spectra compare base/ full/ lora-adapter/ --out result/
 
       spectra compare base.pt tuned.pt --include '*.mlp.*' --json
+
+      spectra compare base/ run/checkpoint-* --sequence --out course/
     """
+    if scores is not None and not sequence:
+        raise SpectraError("--scores is of models in order; give --sequence with it")
     if out is not None:
         check_writable(out)
+    sources, known, said = _in_order(tuned, scores) if sequence else (tuned, None, "")
     import torch
 
     from spectra.comparing import ComparisonInterrupted
@@ -95,7 +116,7 @@ def compare(
         try:
             result = compare_checkpoints(
                 base,
-                tuned,
+                sources,
                 include=include or (),
                 exclude=exclude or (),
                 transposed=transposed or None,
@@ -112,10 +133,28 @@ def compare(
             )
         except ComparisonInterrupted as interruption:
             result, interrupted = interruption.comparison, True
+    if sequence:
+        from spectra.report.sequence_table import in_sequence
+
+        result = in_sequence(result, known, [said])
     finish(result, out=out, pictures=pictures and not interrupted, as_json=as_json, quiet=quiet, top=top)
     if interrupted:
         typer.echo(f"spectra: interrupted; {_finished(len(result.layers), out)}", err=True)
         raise typer.Exit(130)
+
+
+def _in_order(tuned: list[str], scores: Path | None) -> tuple[dict[str, str], Scores | None, str]:
+    """The tuned models by label in the order of the sequence, their scores, and what is to be said of the order."""
+    from spectra.labels import labelled
+    from spectra.report.sequence_scores import scores_from
+    from spectra.report.sequence_table import natural_order
+
+    if len(tuned) < 2:
+        raise SpectraError("--sequence is of several tuned checkpoints in order; give at least two")
+    labels = list(labelled(tuned))
+    order, said = natural_order(tuned, labels)
+    known = None if scores is None else scores_from(scores, labels)
+    return {labels[at]: tuned[at] for at in order}, known, said
 
 
 def _finished(rows: int, out: Path | None) -> str:

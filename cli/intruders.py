@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -81,28 +81,35 @@ def intruders(
         )  # fmt: skip
     if out is not None:
         result.save(out)
-        _draw(result, out / PICTURES)
+        draw(result, out / PICTURES)
     if as_json:
-        _as_json(result)
+        json.dump(as_plain(result), sys.stdout, indent=2)
+        sys.stdout.write("\n")
     elif not quiet:
-        console = Console(width=None if sys.stdout.isatty() else 200)
-        console.print(_table(result, top))
-        for line in _said(result):
-            console.print(line, markup=False, highlight=False)
+        show(result, top)
 
 
-def _draw(result: Intrusion, folder: Path) -> None:
+def show(result: Intrusion, top: int) -> None:
+    """Print the intruders least like the base, and their counts."""
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(_table(result, top))
+    for line in _said(result):
+        console.print(line, markup=False, highlight=False)
+
+
+def draw(result: Intrusion, folder: Path) -> None:
+    """Write the pictures into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("epsilon", "k"):
         figure = getattr(result.plot, name)().figure
         figure.savefig(folder / f"intruders_{name}.png", dpi=150)
 
 
-def _as_json(result: Intrusion) -> None:
+def as_plain(result: Intrusion) -> dict[str, Any]:
+    """The tables and notes as JSON knows them."""
     tables = {"counts": result.counts(), "intruders": result.intruders, "matrices": result.matrices}
     rows = {name: json.loads(table.to_json(orient="records", double_precision=15)) for name, table in tables.items()}
-    json.dump({**rows, "notes": result.provenance["notes"]}, sys.stdout, indent=2)
-    sys.stdout.write("\n")
+    return {**rows, "notes": result.provenance["notes"]}
 
 
 def _table(result: Intrusion, top: int) -> Table:

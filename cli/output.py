@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -46,16 +46,29 @@ def finish(result: Comparison, *, out: Path | None, pictures: bool, as_json: boo
 
 def _show(result: Comparison, out: Path | None, as_json: bool, quiet: bool, top: int) -> None:
     """Print the comparison as a table or as JSON."""
-    if as_json:
-        from spectra.report.tables import to_json
+    from spectra.report.sequence_table import is_sequence
 
-        json.dump(to_json(result, top), sys.stdout, indent=2)
+    if as_json:
+        json.dump(as_plain(result, top), sys.stdout, indent=2)
         sys.stdout.write("\n")
+    elif not quiet and is_sequence(result):
+        from spectra.report.sequence_printing import print_sequence
+
+        print_sequence(result, Console(), out=out)
     elif not quiet:
         from spectra.report.tables import print_comparison
 
         print_comparison(result, Console(), top=top, out=out)
     sys.stdout.flush()
+
+
+def as_plain(result: Comparison, top: int) -> dict[str, Any]:
+    """The comparison as JSON knows it; of models in sequence also a row per model."""
+    from spectra.report.sequence_printing import sequence_json
+    from spectra.report.sequence_table import is_sequence
+    from spectra.report.tables import to_json
+
+    return to_json(result, top) | ({"sequence": sequence_json(result)} if is_sequence(result) else {})
 
 
 def _save(result: Comparison, folder: Path, pictures: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -62,24 +62,33 @@ def overlap(
         )  # fmt: skip
     if out is not None:
         result.save(out)
-        _draw(result, out / PICTURES)
+        draw(result, out / PICTURES)
     if as_json:
-        tables = {"pairs": result.pairs(), "matrices": result.matrices}
-        rows = {
-            name: json.loads(table.to_json(orient="records", double_precision=15)) for name, table in tables.items()
-        }
-        json.dump({**rows, "notes": result.provenance["notes"]}, sys.stdout, indent=2)
+        json.dump(as_plain(result), sys.stdout, indent=2)
         sys.stdout.write("\n")
     elif not quiet:
-        console = Console(width=None if sys.stdout.isatty() else 200)
-        console.print(_table(result))
-        for row in result.matrices[result.matrices["status"] == "failed"].to_dict("records"):
-            console.print(f"failed: {row['name']}: {row['note']}", markup=False, highlight=False)
-        for note in result.provenance["notes"]:
-            console.print(note, markup=False, highlight=False)
+        show(result)
 
 
-def _draw(result: Overlap, folder: Path) -> None:
+def show(result: Overlap) -> None:
+    """Print a line per pair, what failed, and the notes."""
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(_table(result))
+    for row in result.matrices[result.matrices["status"] == "failed"].to_dict("records"):
+        console.print(f"failed: {row['name']}: {row['note']}", markup=False, highlight=False)
+    for note in result.provenance["notes"]:
+        console.print(note, markup=False, highlight=False)
+
+
+def as_plain(result: Overlap) -> dict[str, Any]:
+    """The tables and notes as JSON knows them."""
+    tables = {"pairs": result.pairs(), "matrices": result.matrices}
+    rows = {name: json.loads(table.to_json(orient="records", double_precision=15)) for name, table in tables.items()}
+    return {**rows, "notes": result.provenance["notes"]}
+
+
+def draw(result: Overlap, folder: Path) -> None:
+    """Write the pictures into `folder`; none where there are no pairs of tuned models."""
     if len(result.labels) < 2 or (result.pairs()["first"] == "base").all():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -64,6 +64,36 @@ class Comparison:
 
         return Plots(self)
 
+    def in_sequence(self, scores: Mapping[str, Mapping[str, float]] | None = None) -> Comparison:
+        """The same comparison with its tuned models declared to be in order: steps of a run, or tasks learnt in turn.
+
+        What is shown, said and drawn is then how each measure went from model to model; `save` keeps that.
+
+        Args:
+            scores: label -> {"score": of the new task, "forgetting": what was lost of the old one}, either or both, for
+                as many models as are known; None takes those of the training runs beside the checkpoints, if any.
+        Raises: SpectraError for fewer than two models, and for scores of models or of kinds that there are not.
+        """
+        from spectra.report.sequence_table import in_sequence
+
+        return in_sequence(self, scores)
+
+    def sequence(self) -> pd.DataFrame:
+        """A row per tuned model, in order, all over the same matrices: sizes, shares, ranks, intruders, scores.
+
+        Sizes and shares are pooled over the matrices, other measures are medians, intruders are counted. Matrices that
+        stand apart in the last model count for intruders only. Raises SpectraError for fewer than two models.
+
+        >>> import torch, spectra
+        >>> base, D = {"fc.weight": torch.eye(3)}, 0.1 * torch.ones(3, 3)
+        >>> steps = {f"step-{10 * t}": {"fc.weight": torch.eye(3) + t * D} for t in (1, 2)}
+        >>> spectra.compare(base, steps).sequence()[["step", "relative_update"]].round(3).values.tolist()
+        [[10, 0.173], [20, 0.346]]
+        """
+        from spectra.report.sequence_table import sequence_table
+
+        return sequence_table(self)
+
     def join(self, shift: CovarianceShift, tuned: str | None = None) -> Comparison:
         """The same comparison with the columns of a covariance shift of the same two models.
 

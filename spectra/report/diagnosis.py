@@ -9,6 +9,8 @@ from spectra.report import sentences_size as size
 from spectra.report import sentences_spectrum as spectrum
 from spectra.report import summary
 from spectra.report.evidence import Evidence, Finding, Numbers, gather
+from spectra.report.sequence_sentences import over_the_sequence
+from spectra.report.sequence_table import is_sequence
 from spectra.report.wording import number, printable
 
 if TYPE_CHECKING:
@@ -42,11 +44,13 @@ def diagnose(result: Comparison) -> list[Finding]:
     weighted by energy, medians count each matrix once. Sentences without evidence (no compared matrix, NaN measures)
     are not made.
 
-    Returns: findings in reading order, tuned model by tuned model, then one that compares the models.
+    Returns: findings in reading order, tuned model by tuned model, then one that compares the models (of a sequence,
+    several that say how each measure went).
     """
     evidence = [gather(result, tuned) for tuned in summary.tuned_labels(result)]
     findings = [sentence(each) for each in evidence for sentence in SENTENCES]
-    return [finding for finding in [*findings, _between(evidence)] if finding is not None]
+    between = over_the_sequence(result) if is_sequence(result) else [_between(evidence)]
+    return [finding for finding in [*findings, *between] if finding is not None]
 
 
 def _between(evidence: list[Evidence]) -> Finding | None:

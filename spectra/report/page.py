@@ -13,6 +13,7 @@ from spectra.report import summary
 from spectra.report.pictures import standard_set
 from spectra.report.rows import COLUMNS, MARKS, Line, model_lines
 from spectra.report.sections import left_out_sentences
+from spectra.report.sequence_table import is_sequence
 from spectra.report.tables import heading
 from spectra.report.wording import printable
 
@@ -82,7 +83,12 @@ def _summary(result: Comparison) -> str:
     against = f" against {_text(source)}" if source else ""
     parts = [f"<h3>What fine-tuning did: {_text(', '.join(labels)) or 'nothing was compared'}{against}</h3>"]
     findings = result.diagnosis()
-    for tuned in labels:
+    if is_sequence(result):
+        from spectra.report.sequence_printing import sequence_html
+
+        parts.append(sequence_html(result))
+        parts.append(_list([finding for finding in findings if finding.tuned not in labels]))
+    for tuned in labels[-1:] if is_sequence(result) else labels:
         lines = model_lines(result, tuned, TOP)
         parts.append(f"<h4>{_text(heading(result, tuned))}</h4>")
         if lines:
@@ -92,7 +98,8 @@ def _summary(result: Comparison) -> str:
         if missing:
             items = "".join(f"<li>{_text(sentence)}</li>" for sentence in missing)
             parts.append(f"<details><summary>not compared</summary><ul>{items}</ul></details>")
-    parts.append(_list([finding for finding in findings if finding.tuned not in labels]))
+    if not is_sequence(result):
+        parts.append(_list([finding for finding in findings if finding.tuned not in labels]))
     if result.provenance.get("interrupted"):
         parts.append("<p>The work was stopped: matrices that were not reached are in no table.</p>")
     return "".join(parts)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spectra.report import summary
+from spectra.report.sequence_table import is_sequence
 from spectra.report.wording import printable
 
 if TYPE_CHECKING:
@@ -54,11 +55,15 @@ class Picture:
 def standard_set(result: Comparison) -> list[Picture]:
     """Per tuned model: heat maps, depth, the energy split by role and layer, close-ups of the most changed matrices.
 
-    Models of which no matrix was compared have no pictures; outliers get no close-up.
+    Models of which no matrix was compared have no pictures; outliers get no close-up. Of models in sequence
+    there is one picture of how each measure went, then those of the last model.
     """
     labels = summary.tuned_labels(result)
-    pictures = []
+    ordered = is_sequence(result)
+    pictures = [_of_sequence(result, labels)] if ordered else []
     for number, tuned in enumerate(labels, start=1):
+        if ordered and number < len(labels):
+            continue
         layers = summary.rows_of(result, tuned)
         moved = summary.compared(layers)
         if moved.empty:
@@ -69,6 +74,15 @@ def standard_set(result: Comparison) -> list[Picture]:
         pictures += _of_model(result, tuned, start, len(moved))
         pictures += [_close_up(result, tuned, name, f"{start}matrix-{at}-") for at, name in enumerate(names, start=1)]
     return pictures
+
+
+def _of_sequence(result: Comparison, labels: list[str]) -> Picture:
+    from spectra.report.sequence_plots import draw_overview
+
+    caption = f"From {printable(labels[0])} to {printable(labels[-1])}: how the measures of the update went."
+    return Picture(
+        "00-sequence.png", caption, ", ".join(labels), (11.0, 6.6), lambda figure: draw_overview(result, figure)
+    )
 
 
 def plain_letters(name: str) -> str:

@@ -200,6 +200,16 @@ class Plots:
         drawing.label(ax, message, f"{tuned}: {name}", "slice of components", r"share of $\|D\|_F^2$")
         return ax
 
+    def sequence(self, quantity: str = "intruders", *, ax: Axes | None = None) -> Axes:
+        """A measure of the tuned models in the order given: a column of `Comparison.sequence()`, or several at once.
+
+        Args: quantity: such as "intruders", "relative_update", "rotation" or "effective_rank"; "energy" (the split into
+            singular values, directions and what is outside), "overlap" (both sides), "scores" (score and forgetting).
+        """
+        from spectra.report.sequence_plots import draw_sequence
+
+        return draw_sequence(self.result, quantity, _axes(ax))
+
     def _tuned(self, tuned: str | None) -> str:
         labels = summary.tuned_labels(self.result)
         if tuned is None and labels:
