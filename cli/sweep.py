@@ -13,7 +13,7 @@ from rich.console import Console
 
 from .options import AsJson, Quiet
 from .progress import progress_bar
-from .train import _assigned
+from .train import assigned
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
 def sweep(
     config: Annotated[
-        Path | None, typer.Argument(help="A TOML file: the settings of `spectra train`, and a table [sweep].")
+        Path | None, typer.Argument(help="A TOML file: the settings of `spectra train`, and a table called sweep.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The folder of the sweep.")] = None,
     positions: Annotated[str | None, typer.Option(help="Slices, such as 0,0.25,0.5,1 (0 = largest values).")] = None,
@@ -77,7 +77,7 @@ def sweep(
         result = load_sweep(out)
     else:
         chosen, grid = read_sweep_file(config) if config else (TrainSettings(), None)
-        chosen = chosen.changed(dict(_assigned(settings or ())), "the command line")
+        chosen = chosen.changed(dict(assigned(settings or ())), "the command line")
         flags = {
             "positions": _listed(positions, "positions", float),
             "methods": None if methods is None else methods.split(","),

@@ -104,7 +104,7 @@ def train(
         "device": device,
         "out": str(out) if out else None,
     }
-    changes = {key: value for key, value in flags.items() if value is not None} | dict(_assigned(settings or ()))
+    changes = {key: value for key, value in flags.items() if value is not None} | dict(assigned(settings or ()))
     chosen = (TrainSettings.from_file(config) if config else TrainSettings()).changed(changes, "the command line")
     with progress_bar(quiet or as_json, "training") as progress:
         try:
@@ -122,7 +122,7 @@ def train(
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _assigned(given: list[str] | tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def assigned(given: list[str] | tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """Keys and values of --set: a value is TOML, or else a string."""
     from spectra.errors import SpectraError
 

@@ -64,7 +64,7 @@ def build(
     Args: `task` and `retain` make tasks of the base in the place of `[task]` with `[data]`, and of `[retain]`.
     Raises: SpectraError naming the setting, file, column or factory that will not do.
     """
-    model, source = (copy.deepcopy(base), None) if base is not None else _load(settings.model)
+    model, source = (copy.deepcopy(base), None) if base is not None else load_base(settings.model)
     learnt = _made(model, task, "task") if task else _new_task(model, settings)
     if learnt.train is None:
         raise SpectraError("the task has no examples to train on; give it `train`")
@@ -77,7 +77,7 @@ def build(
     return Built(model, learnt, retained, source)
 
 
-def _load(model: ModelSettings) -> tuple[nn.Module, str | None]:
+def load_base(model: ModelSettings) -> tuple[nn.Module, str | None]:
     dtype = getattr(torch, model.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise SpectraError(f"model.dtype is {model.dtype!r}, which is no floating dtype of torch; give float32")

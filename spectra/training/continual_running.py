@@ -20,7 +20,7 @@ from spectra.comparing import compare
 from spectra.errors import SpectraError
 from spectra.lora import merge
 from spectra.training.accelerating import make_accelerator
-from spectra.training.building import Built, MakeTask, _load, build
+from spectra.training.building import Built, MakeTask, build, load_base
 from spectra.training.continual_result import KIND, NEW, RETAINED, Continual
 from spectra.training.examples import in_turn
 from spectra.training.run import ADAPTER
@@ -82,7 +82,7 @@ def continual(
     stages = [_stage(number, name, given, settings, folder) for number, (name, given) in enumerate(tasks.items(), 1)]
     if not stages:
         raise SpectraError("the sequence has no tasks; give at least one")
-    base = copy.deepcopy(base) if base is not None else _load(settings.model)[0]
+    base = copy.deepcopy(base) if base is not None else load_base(settings.model)[0]
     mark = fingerprint(base)
     _check_folder(folder, mark, resume)
     provenance = {

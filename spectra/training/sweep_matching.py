@@ -24,6 +24,9 @@ def step_size_factor(reference: float, size: float) -> float:
     The first step of Adam moves every entry of A and B by eta, and so the weight by
     D = c (dB A0 + B0 dA) with E ||D||_F^2 = eta^2 c (m + n) sum_i s_i over the slice (signs taken as random).
 
+    That is of first order in eta. At the end of a spectrum, where s_i nears zero, the factor is large, and c dB dA,
+    which is of second order, soon outgrows what was matched: such a slice moves its weight further than the reference.
+
     Args: sums of the singular values s_i of the reference slice and of the slice (any common unit).
     Returns: 1 where one of them is zero, as no rate can match them then.
 

@@ -1,0 +1,86 @@
+"""The figure of intruder dimensions: its tables are those of the real pair, and its claims hold in them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import spectra
+
+FIGURES = Path(__file__).resolve().parents[1] / "figures"
+needs_pair = pytest.mark.skipif(find_spec("rxnfp") is None, reason="the package rxnfp, with the weights, is missing")
+
+
+def table(name: str) -> pd.DataFrame:
+    path = FIGURES / f"intruders_{name}.csv"
+    if not path.exists():
+        pytest.skip(f"{path.name} was not made yet")
+    return pd.read_csv(path)
+
+
+@needs_pair
+def test_counts_are_those_of_float64_decompositions() -> None:
+    """Of every block matrix of one layer, by three full decompositions as the published script does it."""
+    from spectra.demo import real_pair
+
+    base, tuned = real_pair()
+    W, T = spectra.open_checkpoint(base), spectra.open_checkpoint(tuned["ft"])
+    cells = table("similarity")
+    for name in cells["name"].unique():
+        before, after = (torch.linalg.svd(X.double()).U for X in (W[name], T[name.removeprefix("bert.")]))
+        cosines = (before.T @ after).abs()[:, :20].numpy()
+        grid = cells[cells["name"] == name].pivot(index="i", columns="j", values="cosine").to_numpy()
+        np.testing.assert_allclose(grid, cosines[:20], atol=1e-5)
+        best = cells[cells["name"] == name].groupby("j")["best_cosine"].first()
+        # Left vectors of a tall matrix beyond its short side belong to no singular value.
+        short = min(W[name].shape)
+        np.testing.assert_allclose(best, cosines[:short].max(0), atol=1e-5)
+
+
+@needs_pair
+def test_counts_at_the_published_threshold_are_those_of_the_diagnosis() -> None:
+    from spectra.demo import real_pair
+
+    base, tuned = real_pair()
+    some = ("*layer.11.*", "*pooler*")
+    counts = table("epsilon")
+    at_half = counts[(counts["side"] == "left") & (counts["epsilon"] == 0.5)].set_index("tuned")
+    layers = spectra.compare(base, tuned, include=some).layers
+    for label, rows in layers.groupby("tuned"):
+        assert at_half.loc[label, "intruders"] >= rows["intruders"].sum() > 0
+
+
+def test_counts_rise_with_the_threshold_up_to_all_directions() -> None:
+    counts = table("epsilon")
+    for _, rows in counts.groupby(["tuned", "side"]):
+        assert rows["intruders"].is_monotonic_increasing
+        assert rows["intruders"].iloc[0] == 0
+        assert rows["intruders"].iloc[-1] > 700
+
+
+def test_ranks_are_of_every_block_matrix() -> None:
+    ranks = table("rank")
+    assert ranks.groupby("tuned").size().tolist() == [72, 72]
+    assert ranks["effective_rank"].between(1, 256).all()
+
+
+def test_lambda_one_is_the_tuned_model_and_zero_takes_intruders_out() -> None:
+    scores = table("lambda")
+    for _, rows in scores.groupby(["method", "seed"]):
+        same = rows[rows["lambda"] == 1]
+        assert same["score"].nunique() == same["old_score"].nunique() == 1
+        assert (same["intruders_scaled"] == 0).all()
+    scaled = scores[(scores["which"] == "all") & ~scores["control"] & (scores["lambda"] == 0)]
+    assert (scaled["intruders_scaled"] > 0).any()
+
+
+def test_every_run_of_the_training_is_there() -> None:
+    runs = table("runs")
+    assert set(runs["method"]) == {"lora", "full"}
+    assert not runs.duplicated(["method", "rank", "learning_rate", "steps", "seed"]).any()
+    assert runs[["score", "forgetting", "intruders", "effective_rank"]].notna().all(axis=None)
