@@ -78,7 +78,7 @@ def build(
 
 
 def load_base(model: ModelSettings) -> tuple[nn.Module, str | None]:
-    """The base of `[model]`, and its folder where it has one. Raises: SpectraError naming the setting that will not do."""
+    """The base of `[model]`, and its folder where it has one. Raises: SpectraError naming the setting at fault."""
     dtype = getattr(torch, model.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise SpectraError(f"model.dtype is {model.dtype!r}, which is no floating dtype of torch; give float32")
