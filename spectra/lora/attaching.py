@@ -21,7 +21,7 @@ from spectra.lora.layers import peft_factors
 from spectra.lora.peft_config import UNFINISHED, lora_config, require_peft
 from spectra.lora.peft_inits import inject_initialised
 from spectra.lora.record import Attachment, Slot, adapted_layers, keep_attachment
-from spectra.lora.slices import SliceInit, factor_dtype, with_float64
+from spectra.lora.slices import SliceInit, factor_dtype, slice_start, with_float64
 from spectra.lora.targets import Target, choose_targets
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def attach(
     ranks = {target.name: config.rank_of(target.name) for target in targets}
     scalings = {target.name: config.scaling_of(target.name) for target in targets}
     settings = lora_config(model, config, kinds, ranks, scalings)
-    for target in targets:
-        _check_rank(target, ranks[target.name])
+    for target in targets:  # before anything is decomposed, so that the first slip is always the same
+        _check_slice(target, ranks[target.name], *config.slice_of(target.name))
     if config.method.startswith(PEFT):
         adapted = inject_initialised(model, targets, settings, config, gradients, batches)
         starts: dict[str, SliceInit] = {}
@@ -206,13 +206,19 @@ def _check_is_plain(model: nn.Module) -> None:
         )
 
 
-def _check_rank(target: Target, rank: int) -> None:
+def _check_slice(target: Target, rank: int, start: int | None, position: float | None) -> None:
     m, n = target.W.shape
     if rank > min(m, n):
         raise SpectraError(
             f"{target.name!r} is {m} x {n} and has no slice of rank {rank}; "
             f"give it a rank of at most {min(m, n)} with rank_pattern, or exclude it"
         )
+    if start is None and position is None:  # of a method that takes none
+        return
+    try:
+        slice_start(target.W, rank, start=start, position=position)
+    except SpectraError as error:
+        raise SpectraError(f"{target.name!r}: {error}") from error
 
 
 def _slot(target: Target, ranks: Mapping[str, int], scalings: Mapping[str, float], start: SliceInit | None) -> Slot:
