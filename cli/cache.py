@@ -73,6 +73,8 @@ def clear(folder: Folder) -> None:
 
 def _check(folder: Path) -> None:
     """Refuse a folder that is not there: a mistyped one must not be made, nor be called empty."""
+    if folder.exists() and not folder.is_dir():
+        raise SpectraError(f"{folder} is a file and no folder of spectra; give the one that --cache was given")
     if not folder.is_dir():
         raise SpectraError(f"there is no folder {folder}; give the one that `spectra compare --cache` was given")
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from spectra.report.sequence_table import Scores
 
 
+MOST_GIB = 2**30  # more than any disk: what --cache-limit inf stands for
+
+
 class Precision(enum.StrEnum):
     """Precision of the products."""
 
@@ -37,7 +40,9 @@ def compare(
     ],
     tuned: Annotated[
         list[str],
-        typer.Argument(help="One or more tuned checkpoints, or PEFT adapter folders. One base SVD serves all."),
+        typer.Argument(
+            help="One or more tuned checkpoints, or PEFT adapter folders. All are held against one SVD of the base."
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -59,11 +64,14 @@ def compare(
     ] = 0.5,
     fast: Annotated[
         bool,
-        typer.Option("--fast", help="Iterate leading triplets only: no ranks of dense updates, no spectral shift."),
+        typer.Option(
+            "--fast",
+            help="Iterate leading triplets of large matrices only: no ranks of dense updates then, no spectral shift.",
+        ),
     ] = False,
     workers: Workers = None,
     cache: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Keep the base's spectra in this folder: later runs with this base skip its SVD."),
     ] = None,
     cache_limit: Annotated[
@@ -103,6 +111,8 @@ def compare(
     """
     if scores is not None and not sequence:
         raise SpectraError("--scores is of models in order; give --sequence with it")
+    if cache is not None and not cache.strip():
+        raise SpectraError("--cache is empty; give a folder, or leave it out")
     if out is not None:
         check_writable(out)
     sources, known, said = _in_order(tuned, scores) if sequence else (tuned, None, "")
@@ -128,7 +138,7 @@ def compare(
                 fast=fast,
                 workers=workers,
                 cache=cache,
-                cache_limit=int(cache_limit * 2**30),
+                cache_limit=int(min(cache_limit, MOST_GIB) * 2**30),
                 progress=progress,
             )
         except ComparisonInterrupted as interruption:

@@ -146,7 +146,7 @@ def compare(
             "fast": fast,
         },
         "device": ",".join(map(str, devices)),
-        "workers": len(places),
+        "workers": min(len(places), max(len(units), 1)),
         "threads_per_worker": 1,
         "gemm": gemm_library() if on_cpu else "torch",
         **({} if on_cpu else {"tf32": False}),

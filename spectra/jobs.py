@@ -180,7 +180,10 @@ def _outcome(label: str, pair: Pair, tuned: Tensor | LowRank, base: _Base, setti
 
 
 def compared(label: str, pair: Pair, measured: Measured) -> Outcome:
-    """What was measured, with a note where a side is zero."""
+    """What was measured, with a note where a side is zero; failed where norms overflow."""
+    if not all(isfinite(measured.layer[name]) for name in ("base_norm", "update_norm")):
+        overflow = f"the squares of {pair.matrix.name!r} leave the range of float64; scale both models down"
+        return failed(SpectraError(overflow), label, pair)
     zero = [side for side in ("base", "tuned") if measured.layer[f"spectral_norm_{side}"] == 0]
     note = "; ".join(filter(None, (pair.note, *(f"the {side} weight is all zero" for side in zero))))
     return Outcome(label, pair, "compared", note, measured)

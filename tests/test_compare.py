@@ -386,3 +386,13 @@ def test_a_cache_changes_no_row_and_saves_the_base(tmp_path: Path) -> None:
     for result in (first, second):
         pd.testing.assert_frame_equal(result.layers, plain.layers, check_exact=True)
         pd.testing.assert_frame_equal(result.components, plain.components, check_exact=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_weights_whose_squares_leave_float64_fail_alone() -> None:
+    W = torch.randn(200, 150, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    base = {"huge.weight": W * 1e200, "small.weight": W[:60, :60] * 1e200, "sound.weight": W}
+    tuned = {name: weight * 1.01 for name, weight in base.items()}
+    layers = spectra.compare(base, tuned).layers.set_index("name")
+    assert layers.status.to_dict() == {"huge.weight": "failed", "small.weight": "failed", "sound.weight": "compared"}
+    assert "leave the range of float64" in layers.note["huge.weight"]

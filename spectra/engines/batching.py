@@ -182,14 +182,15 @@ def batched(jobs: Sequence[Job], settings: Settings, devices: Sequence[torch.dev
 
     On the CPU those whose arithmetic costs no more than the calls for it; on another device every dense update, unless
     its base's spectrum is to be kept. On one device the way of a matrix follows from its shape alone. Updates given as
-    factors and `fast` ones go one at a time.
+    factors go one at a time, and `fast` ones where iterating is the faster way.
     """
     groups: dict[Hashable, list[Job]] = {}
     units: list[Job | Batch] = []
     for job in jobs:
         shape = job.matrix.rows, job.matrix.columns
         together = is_small(*shape) or (settings.cache is None and devices[0].type != "cpu")
-        joined = [together and not settings.fast and not pair.is_low_rank for _, pair in job.pairs]
+        together = together and (is_small(*shape) or not settings.fast)
+        joined = [together and not pair.is_low_rank for _, pair in job.pairs]
         dense, rest = (
             tuple(one for one, is_joined in zip(job.pairs, joined, strict=True) if is_joined == wanted)
             for wanted in (True, False)

@@ -204,10 +204,26 @@ def _direct(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not bool(torch.isfinite(wide).all()):
         raise NotFiniteError(f"{describe_not_finite(A)}: it has no singular values")
     try:
-        U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
+        # A wide matrix takes LAPACK up to three times as long as its transpose.
+        long, S, short_transposed = torch.linalg.svd(wide.T, full_matrices=False)
     except RuntimeError as error:
         raise LapackError(str(error)) from error
-    return U, S, Vh.T
+    return short_transposed.T, S, long
+
+
+def direct_values(A: Tensor) -> Tensor:
+    """All singular values of a float64 matrix without squaring it, descending, to u s_0: QR, then values of R alone.
+
+    Raises NotFiniteError where an entry is NaN or infinite.
+    """
+    if not bool(torch.isfinite(A).all()):
+        raise NotFiniteError(f"{describe_not_finite(A)}: it has no singular values")
+    tall = A if A.shape[0] >= A.shape[1] else A.T
+    try:
+        values: Tensor = torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R)
+    except RuntimeError:
+        return svd(A).S
+    return values
 
 
 def _direct_or_slow(A: Tensor) -> tuple[Tensor, Tensor, Tensor, str]:

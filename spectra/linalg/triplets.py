@@ -14,7 +14,7 @@ from torch import Tensor
 from spectra.linalg.lapack import LapackError
 from spectra.linalg.lowrank import LowRank
 from spectra.linalg.products import CHUNK, Difference, gram, gram_of_blocks, matmul, product64
-from spectra.linalg.svd import GRAM, TAIL, certificates, certified_reduction, reduced_gram, svd
+from spectra.linalg.svd import GRAM, TAIL, certificates, certified_reduction, direct_values, reduced_gram, svd
 from spectra.linalg.symmetric import Eigen, reduce_symmetric
 
 VALUES_TAIL = 1e-5  # values under VALUES_TAIL * s_0 lose more than 1e-10 s_0 to squaring and are computed again
@@ -77,7 +77,7 @@ def singular_values(A: Tensor | LowRank | Difference, G: Tensor | None = None) -
     if isinstance(A, LowRank):
         return svd(A.core()).S
     if isinstance(A, Tensor) and A.dtype == torch.float64:
-        return svd(A).S
+        return direct_values(A)
     short = A if A.shape[0] <= A.shape[1] else A.T
     try:
         if G is None and isinstance(short, Tensor):

@@ -112,7 +112,7 @@ def _dense(
             G, values = _largest(D)
             return (triplets, decompose(base, D, slices, gram=G), _padded(values, k, np.nan)), D
     triplets = leading_triplets(tuned, top)
-    if dtype == torch.float64:
+    if torch.float64 in (W.dtype, tuned.dtype):  # too many digits to be squared
         D = _update(W, tuned, dtype, overwrite)
         G, values = gram(_short_side_first(D)), singular_values(D)
     else:

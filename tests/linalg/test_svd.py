@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from spectra.errors import SpectraError
-from spectra.linalg.svd import svd
+from spectra.linalg.svd import NotFiniteError, direct_values, svd
 from tests.reference import singular
 from tests.reference.singular import Array
 from tests.strategies import Kind, build, pairs, seeds, shapes, weights, with_spectrum
@@ -170,3 +170,13 @@ def test_float64_weights_of_extreme_scale_keep_their_accuracy(exponent: int) -> 
     W = np.ldexp(build(np.random.default_rng(1), "separated", 12, 20), exponent)
     spectrum = svd(torch.from_numpy(W))
     np.testing.assert_allclose(spectrum.S.numpy(), singular.svd(W).s, rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (30, 90), (90, 30), (1, 7)])
+def test_values_of_float64_matrices_need_no_vectors(shape: tuple[int, int]) -> None:
+    A = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    A[0] *= 1e-7
+    expected = np.linalg.svd(A.numpy(), compute_uv=False)
+    np.testing.assert_allclose(direct_values(A).numpy(), expected, atol=1e-14 * expected[0])
+    with pytest.raises(NotFiniteError, match="1 NaN"):
+        direct_values(torch.full((1, 1), torch.nan, dtype=torch.float64))

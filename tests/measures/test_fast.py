@@ -94,8 +94,8 @@ def test_the_same_input_gives_the_same_output() -> None:
 
 
 def test_a_fast_comparison_can_be_read_drawn_and_saved(tmp_path_factory: pytest.TempPathFactory) -> None:
-    base = {f"layers.{i}.q_proj.weight": weight(64, 64, seed=i) for i in range(3)}
-    result = spectra.compare(base, {name: W + 0.1 * weight(64, 64, seed=9) for name, W in base.items()}, fast=True)
+    base = {f"layers.{i}.q_proj.weight": weight(160, 140, seed=i) for i in range(3)}
+    result = spectra.compare(base, {name: W + 0.1 * weight(160, 140, seed=9) for name, W in base.items()}, fast=True)
     assert result.provenance["options"]["fast"]
     assert result.layers["numerical_rank"].isna().all()
     assert (result.layers["stable_rank"] > 1).all()
