@@ -105,7 +105,10 @@ class Comparison:
         Args:
             shift: with `basis="weight"`, whose directions are the components of a comparison.
             tuned: the label of the tuned model that the shift is of; may be left out where there is one.
-        Raises: SpectraError for another basis, an unknown label, and where no matrix is in both.
+        Raises: SpectraError for another basis, an unknown label, where no matrix is in both, and where the two cannot
+            be of the same models: by the sizes of a matrix, by a weight that one says moved and the other not, and
+            without data by the base's singular values and, where the update stands clear of rounding, by the variance
+            that directions gain. Other weights of the same sizes, measured on data, are not recognised.
 
         >>> import torch, spectra
         >>> base, tuned = {"fc.weight": torch.eye(2)}, {"fc.weight": torch.diag(torch.tensor([2.0, 1.0]))}
@@ -113,6 +116,8 @@ class Comparison:
         >>> float(joined.components["shift_diagonal"].max().round(6))
         3.0
         """
+        if not hasattr(shift, "functional"):  # a room beside this one, which is not imported
+            raise SpectraError(f"join takes the result of covariance_shift, not {type(shift).__name__}")
         label = self._label_of(tuned)
         basis = shift.provenance.get("basis")
         if basis != "weight":
@@ -125,6 +130,7 @@ class Comparison:
                 f"the shift and the comparison of {label!r} have no matrix in common; "
                 "join the shift of the same two models"
             )
+        _check_same_models(self, shift, label)
         said = ["tensor", "part", "role", "layer", "rows", "columns", "note"]  # by the comparison itself
         layers = shift.layers.drop(columns=said).astype(NULLABLE)
         components = shift.components.rename(columns={"diagonal": "shift_diagonal"})
@@ -146,7 +152,7 @@ class Comparison:
             said = "none was named" if tuned is None else f"{tuned!r} is none of them"
             raise SpectraError(
                 f"the comparison is of {', '.join(map(repr, labels))} and {said}; "
-                "say with `tuned` which of them the shift is of"
+                "say with `tuned` (--join-label) which of them the shift is of"
             )
         return tuned
 
@@ -182,6 +188,58 @@ class Comparison:
                 "free some space or choose another folder"
             ) from error
         return target
+
+
+def _check_same_models(comparison: Comparison, shift: CovarianceShift, label: str) -> None:
+    """Raise `SpectraError` where the tables of the two contradict each other."""
+    ours = comparison.layers[comparison.layers["tuned"] == label]
+    theirs = shift.layers[["name", "rows", "columns", "relative_own"]]
+    both = ours.drop(columns="relative_own", errors="ignore").merge(theirs, on="name", suffixes=("", "_shift"))
+    other_size = both[(both["rows"] != both["rows_shift"]) | (both["columns"] != both["columns_shift"])]
+    if len(other_size):
+        row = other_size.iloc[0]
+        sizes = [f"{row[f'rows{side}']} x {row[f'columns{side}']}" for side in ("", "_shift")]
+        raise _of_other_models(label, row["name"], f"is {sizes[0]} in the comparison and {sizes[1]} in the shift")
+    if shift.provenance.get("centred", True):  # otherwise a bias is a part of the weight
+        moved = both[(both["status"] == "unchanged") & (both["relative_own"] > 0)]
+        if len(moved):
+            name = moved["name"].iloc[0]
+            raise _of_other_models(label, name, "is unchanged in the comparison and moved in the shift")
+    if shift.provenance.get("mode") == "data_free":
+        clear = (both["update_form"] == "dense") & (both["relative_update"] > 30 * both["rounding_floor"])
+        _check_white(comparison, shift, label, set(both["name"][clear]))
+
+
+def _check_white(comparison: Comparison, shift: CovarianceShift, label: str, clear: set[str]) -> None:
+    """For white inputs both tables hold s_i^2 and what it gains, as `variance` and `white_shift`.
+
+    Only updates of `clear` matrices are compared: an adapter and its merged form are one model, and differ by rounding.
+    """
+    ours = comparison.components[comparison.components["tuned"] == label]
+    theirs = shift.components[["name", "component", "variance", "normalised_diagonal"]]
+    ours = ours[["name", "component", "singular_value", "gap", "white_shift"]]  # without those of an earlier join
+    both = ours.merge(theirs, on=["name", "component"])
+    for name, rows in both.groupby("name", sort=False):
+        squares = rows["singular_value"] ** 2
+        if _apart(rows["variance"], squares) > 3e-3:  # more than storing the base as bfloat16 moves
+            raise _of_other_models(label, name, "has other singular values in the base of the shift")
+        alone = (rows["gap"] > 1e-6) & (rows["gap"].shift(fill_value=1.0) > 1e-6)  # within a cluster U is free
+        rows = rows[alone & rows["white_shift"].notna()]
+        if name in clear and _apart(rows["normalised_diagonal"], rows["white_shift"]) > 0.1:
+            raise _of_other_models(label, name, "moved otherwise in the tuned model of the shift")
+
+
+def _apart(one: pd.Series[float], other: pd.Series[float]) -> float:
+    """||one - other|| over the larger norm; 0 where both are zero."""
+    norm = max(float((each**2).sum()) for each in (one, other))
+    return (float(((one - other) ** 2).sum()) / norm) ** 0.5 if norm > 0 else 0.0
+
+
+def _of_other_models(label: str, name: Any, how: str) -> SpectraError:
+    return SpectraError(
+        f"the shift is not of the models that the comparison of {label!r} is of: {str(name)!r} {how}; "
+        "join the shift of the same two models"
+    )
 
 
 def _joined(table: pd.DataFrame, more: pd.DataFrame, label: str, keys: list[str]) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -73,14 +74,25 @@ class KeptMatrices:
             ) from error
 
     def copy(self, folder: Path, names: Iterable[str]) -> dict[str, str]:
-        """Copy the files of `names` into `folder`; returns name -> file."""
+        """Copy the files of `names` into `folder`; returns name -> file there.
+
+        Files are named by their content, so that a result that was loaded from `folder` never reads those of another.
+        """
+        if self.is_in(folder):
+            return {name: self.files[name] for name in names}
         folder.mkdir(parents=True, exist_ok=True)
-        copied = {name: self.files[name] for name in names}
-        for file in copied.values():
-            if (self.folder / file).resolve() != (folder / file).resolve():
-                with replacing(folder / file) as path:
-                    shutil.copyfile(self.folder / file, path)
+        copied = {}
+        for name in names:
+            source = self.folder / self.files[name]
+            with source.open("rb") as stream:
+                copied[name] = f"{hashlib.file_digest(stream, 'sha256').hexdigest()[:32]}.safetensors"
+            with replacing(folder / copied[name]) as path:
+                shutil.copyfile(source, path)
         return copied
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether `folder` is where the files are."""
+        return self.folder.resolve() == folder.resolve()
 
 
 @dataclass(frozen=True)
@@ -157,14 +169,15 @@ class CovarianceShift:
 
         return ShiftPlots(self)
 
-    def save(self, folder: str | os.PathLike[str], matrices: str | Iterable[str] = ()) -> Path:
+    def save(self, folder: str | os.PathLike[str], matrices: str | Iterable[str] | None = None) -> Path:
         """Write the tables (`shift_*.parquet`) and `covariance_shift.json` into `folder`, each file atomically.
 
         The folder may be that of a saved `Comparison`: no file has the name of one of its own.
 
         Args:
             matrices: globs on the names of the weight matrices whose Delta is written too, k^2 x 16 bytes each; "*" for
-                all. By default none is.
+                all. By default none is; where the shift was loaded from `folder`, those that are there. Others that
+                an earlier save left there are removed.
         Returns: the folder.   Raises: SpectraError where it cannot be written.
 
         >>> import tempfile, torch, spectra
@@ -175,6 +188,8 @@ class CovarianceShift:
         True
         """
         target = Path(folder)
+        if matrices is None:
+            matrices = "*" if self.matrices and self.matrices.is_in(target / MATRICES) else ()
         patterns = [matrices] if isinstance(matrices, str) else list(matrices)
         kept = self.matrices.files if self.matrices else {}
         chosen = [name for name in kept if any(_matches(name, pattern) for pattern in patterns)]
@@ -187,6 +202,9 @@ class CovarianceShift:
             with replacing(target / PROVENANCE) as path:
                 text = json.dumps({"format": FORMAT, **self.provenance, "matrices": files}, indent=2, default=str)
                 path.write_text(text + "\n", encoding="utf-8")
+            for earlier in (target / MATRICES).glob("*.safetensors"):
+                if earlier.name not in files.values():
+                    earlier.unlink()
         return target
 
     @classmethod

@@ -109,8 +109,9 @@ def block_rms(values: Array, most: int) -> Array:
 
 
 def depth_bands(ax: Axes, lines: Sequence[tuple[str, Array, Array, Array, Array]]) -> None:
-    """For each (name, blocks, lower quartile, median, upper quartile) a line of the medians in a band of the quartiles.
+    """For each (legend, blocks, lower quartile, median, upper quartile) a line of medians in a band of quartiles.
 
+    The line whose legend begins with "own" has the style of own shifts, any other that of inherited ones.
     Zeros cannot be shown on a logarithmic axis; bands that reach them end at its foot.
     """
     from matplotlib.ticker import MaxNLocator
@@ -118,11 +119,13 @@ def depth_bands(ax: Axes, lines: Sequence[tuple[str, Array, Array, Array, Array]
     positive = np.concatenate([each[each > 0] for line in lines for each in (line[3], line[4])])
     wide = is_wide(positive)
     foot = float(positive.min()) / 2 if wide else 0.0
-    for (name, where, low, middle, high), style in zip(lines, (OWN, INHERITED), strict=False):
+    for name, where, low, middle, high in lines:
+        is_own = name.startswith("own")
+        style = OWN if is_own else INHERITED
         low, middle, high = (np.where(each > 0, each, foot if wide else 0.0) for each in (low, middle, high))
-        ax.plot(where, middle, linewidth=1.6, markersize=4, label=f"{name}, median", **style)
-        hatch = {"facecolor": SKY, "alpha": 0.35} if name == "own" else {"facecolor": "none", "hatch": "//"}
-        edge = "none" if name == "own" else style["color"]
+        ax.plot(where, middle, linewidth=1.6, markersize=4, label=name, **style)
+        hatch = {"facecolor": SKY, "alpha": 0.35} if is_own else {"facecolor": "none", "hatch": "//"}
+        edge = "none" if is_own else style["color"]
         ax.fill_between(where, low, high, edgecolor=edge, linewidth=0.0, label="middle half of it", zorder=1, **hatch)
     if wide:
         ax.set_yscale("log")

@@ -89,6 +89,11 @@ class ShiftPlots:
         """
         layers = self.result.layers[np.isfinite(self.result.layers["relative_shift"])]
         if layers.empty:
+            if len(self.result.layers):
+                raise SpectraError(
+                    "the features of no matrix vary over the positions seen, so no shift has a size to draw; "
+                    "give more positions, or use centred=False"
+                )
             raise SpectraError("no matrix of this shift was measured, so there is nothing to draw: see `unmatched`")
         where = "layer"
         if layers["layer"].isna().all():
@@ -96,11 +101,9 @@ class ShiftPlots:
         layers = layers[layers["layer"].notna()]
         both = mode_of(self.result) == END_TO_END
         moved = layers[layers["relative_own"] > 0]
-        lines = [
-            (word, *_spread(rows, column))
-            for word, column, rows in (("own", "relative_own", moved), ("inherited", "relative_inherited", layers))
-            if (both or word == "own") and len(rows)
-        ]
+        drawn = [("own, median" + (" of the matrices that moved" if len(moved) < len(layers) else ""), "own", moved)]
+        drawn += [("inherited, median" + (" of all" if len(moved) < len(layers) else ""), "inherited", layers)] * both
+        lines = [(words, *_spread(rows, f"relative_{part}")) for words, part, rows in drawn if len(rows)]
         ax = _axes(ax)
         drawing.depth_bands(ax, lines)
         own = by_layer(moved, "relative_own").reindex(sorted(layers["layer"].unique()), fill_value=0.0)

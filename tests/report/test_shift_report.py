@@ -286,3 +286,26 @@ def test_no_randomness_is_left_over(both: CovarianceShift) -> None:
     torch.manual_seed(1)
     both.plot.profile(NAME)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_depth_names_and_styles_own_and_inherited_whichever_are_drawn(both: CovarianceShift) -> None:
+    def lines(result: CovarianceShift) -> dict[str, tuple[str, str]]:
+        found = [line for line in result.plot.depth().lines if "median" in str(line.get_label())]
+        return {str(line.get_label()): (str(line.get_color()), str(line.get_linestyle())) for line in found}
+
+    own, inherited = lines(both).values()
+    assert list(lines(both)) == ["own, median", "inherited, median"]
+    few, none = (
+        covariance_shift(Net(), tuned_of(Net(), only=only), labelled_batches(), mode="end_to_end", functional=False)
+        for only in ("q_proj.weight", "no such name")
+    )
+    assert lines(few) == {"own, median of the matrices that moved": own, "inherited, median of all": inherited}
+    assert lines(none) == {"inherited, median of all": inherited}
+
+
+def test_one_position_has_no_covariance_to_draw() -> None:
+    shift = covariance_shift(Net(), tuned_of(Net()), [labelled_batches()[0][0][:1]], functional=False)
+    assert len(shift.layers)
+    with pytest.raises(SpectraError, match="no matrix vary over the positions seen") as caught:
+        shift.plot.depth()
+    assert "unmatched" not in str(caught.value)
