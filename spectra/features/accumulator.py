@@ -25,6 +25,7 @@ from spectra.linalg.products import gemm_library, matmul
 from spectra.linalg.svd import describe_not_finite
 
 ROWS = 4096  # vectors that are squared at once: bounds the copies, and the rounding of float32 sums
+SMALLEST = 2.0**-60  # of the largest float32 product: what is 2^-60 of it is still a normal float32
 
 
 class CovarianceAccumulator:
@@ -38,7 +39,8 @@ class CovarianceAccumulator:
         device: where to accumulate; by default that of the first batch. On "mps", which has no float64, the CPU.
         name: whose vectors these are, for messages.
         dtype: of the products within a batch. float64: exact to rounding, any partition of the stream agrees to 1e-10.
-            float32: half the time, and the covariance is good to 1e-6 of its norm (1e-7 as a rule).
+            float32: half the time, and the covariance is good to 1e-6 of its norm (1e-7 as a rule); what is too large
+            or too small to be squared in it is squared in float64.
 
     >>> moments = CovarianceAccumulator(2)
     >>> moments.update(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
@@ -54,8 +56,8 @@ class CovarianceAccumulator:
         name: str = "",
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        if size < 1:
-            raise SpectraError(f"an accumulator takes vectors of at least one entry, and the size given is {size}")
+        if not hasattr(size, "__index__") or size < 1:
+            raise SpectraError(f"an accumulator takes vectors of at least one entry, and the size given is {size!r}")
         if dtype not in (torch.float32, torch.float64):
             raise SpectraError(f"dtype is {dtype!r}, which the products cannot have; give torch.float32 or float64")
         self.size, self.name, self.dtype = size, name, dtype
@@ -69,9 +71,13 @@ class CovarianceAccumulator:
 
         Args:
             mask: of x's leading shape; vectors where it is zero or False are passed over (padding).
-        Raises: SpectraError for another size, for a mask of another shape, and for NaN or infinite entries.
+        Raises: SpectraError for another size, for a mask of another shape, and for NaN, infinite entries, and squares
+            beyond float64; nothing of the batch is then taken in.
         Cost: N n^2 flops (a symmetric product); copies of at most 4096 vectors.
         """
+        for what, given in (("batch", x), ("mask", mask)):
+            if not isinstance(given, Tensor) and (what, given) != ("mask", None):
+                raise SpectraError(f"{self._owner()}the {what} is a {type(given).__name__}; give a torch.Tensor")
         if x.ndim == 0 or x.shape[-1] != self.size:
             raise SpectraError(f"{self._owner()}vectors of {self.size} entries are expected, and the batch is "
                                f"{tuple(x.shape)}")  # fmt: skip
@@ -83,11 +89,20 @@ class CovarianceAccumulator:
         rows = x.detach().reshape(-1, self.size)
         if mask is not None:
             rows = rows[mask.reshape(-1).to(rows.device, torch.bool)]
-        for block in torch.split(rows, ROWS):
+        blocks = torch.split(rows, ROWS)
+        if len(blocks) > 1:  # or the first would stay in where a later one is refused
+            for block in blocks:
+                self._refuse_not_finite(block)
+        for block in blocks:
             self._add(block)
 
     def merge(self, other: CovarianceAccumulator) -> Self:
-        """Take in what `other` has seen; `other` stays as it is. Returns self. Cost: O(n^2)."""
+        """Take in what `other` has seen; `other` stays as it is. Returns self. Cost: O(n^2).
+
+        Raises: SpectraError for moments of another size, and for what is no accumulator.
+        """
+        if not isinstance(other, CovarianceAccumulator):
+            raise SpectraError(f"{self._owner()}a {type(other).__name__} cannot be merged; give an accumulator")
         if other.size != self.size:
             raise SpectraError(f"{self._owner()}moments of {self.size} and of {other.size} entries cannot be merged")
         if other._mean is not None and other._moment is not None:
@@ -145,11 +160,15 @@ class CovarianceAccumulator:
             with safe_open(path, framework="pt") as file:
                 described = json.loads((file.metadata() or {})["accumulator"])
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            size, count = described["size"], described["count"]
             dtype = torch.float32 if described["dtype"] == "torch.float32" else torch.float64
-            found = cls(described["size"], device=device, name=described["name"], dtype=dtype)
+            found = cls(size, device=device, name=described["name"], dtype=dtype)
+            shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+            if shapes != ({"mean": (size,), "moment": (size, size)} if count else {}):
+                raise ValueError(f"its tensors are {shapes}, and {count} vectors of {size} entries were counted")
             if state:
-                found._join(int(described["count"]), state["mean"], state["moment"])
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+                found._join(int(count), state["mean"].double(), state["moment"].double())
+        except (OSError, ValueError, TypeError, KeyError, SpectraError, SafetensorError) as error:
             raise SpectraError(
                 f"{Path(path)} holds no saved moments ({error}); give a file that an accumulator's `save` wrote"
             ) from error
@@ -163,12 +182,24 @@ class CovarianceAccumulator:
         rows = rows.to(self._device or _with_float64(rows.device))
         X, mean, rest = _centred(rows, self.dtype)
         if not bool(torch.isfinite(mean).all()):
+            self._refuse_not_finite(rows)
+        moment = _square64(X) if X.dtype == torch.float64 else _square32(X)
+        if X.dtype == torch.float32 and not _is_in_range(moment.diagonal()):  # which bounds all others
+            X, mean, rest = _centred(rows.double(), torch.float64)
+            moment = _square64(X)
+        if not bool(torch.isfinite(moment.diagonal()).all()):
+            raise SpectraError(
+                f"{self._owner()}the input holds entries as large as {float(rows.abs().max()):.1e}, whose squares are "
+                "beyond float64; look at the batch that it came with"
+            )
+        self._join(count, mean, moment.addr_(rest, rest, alpha=-count))
+
+    def _refuse_not_finite(self, rows: Tensor) -> None:
+        if not bool(torch.isfinite(rows).all()):
             raise SpectraError(
                 f"{self._owner()}the input holds {describe_not_finite(rows)}; "
                 "look at the batch that it came with, or run the model in float32"
             )
-        moment = _square64(X) if X.dtype == torch.float64 else _square32(X)
-        self._join(count, mean, moment.addr_(rest, rest, alpha=-count))
 
     def _join(self, count: int, mean: Tensor, moment: Tensor) -> None:
         if self._mean is None or self._moment is None:
@@ -218,8 +249,13 @@ class CrossAccumulator:
         device = _with_float64(x.device)
         dtype = torch.promote_types(x.dtype, y.dtype) if torch.float64 in (x.dtype, y.dtype) else self.dtype
         (X, mean_x, rest_x), (Y, mean_y, rest_y) = (_centred(rows.to(device), dtype) for rows in (x, y))
-        with ieee_products():
+        with ieee_products(), np.errstate(over="ignore", invalid="ignore"):
             moment = matmul(X.T, Y).double()
+        if X.dtype == torch.float32 and not _is_in_range(moment):
+            (X, mean_x, rest_x), (Y, mean_y, rest_y) = (
+                _centred(rows.to(device).double(), torch.float64) for rows in (x, y)
+            )
+            moment = matmul(X.T, Y)
         self._join(len(x), (mean_x, mean_y), moment.addr_(rest_x, rest_y, alpha=-len(x)))
 
     def merge(self, other: CrossAccumulator) -> Self:
@@ -274,11 +310,17 @@ def _centred(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return X, centre.double() + rest, rest
 
 
+def _is_in_range(products: Tensor) -> bool:
+    """Whether float32 sums of products neither overflowed nor are so small that terms of them may have vanished."""
+    return SMALLEST < float(products.abs().max()) < float("inf")
+
+
 def _square32(X: Tensor) -> Tensor:
     """X^T X of a float32 X (N, n), as float64. numpy takes it for what it is, symmetric, and halves the work."""
     if X.device.type == "cpu" and gemm_library() == "numpy":
         array = X.numpy()
-        return torch.from_numpy(array.T @ array).double()
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks
+            return torch.from_numpy(array.T @ array).double()
     with ieee_products():
         return (X.T @ X).double()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spectra.errors import SpectraError
 from spectra.features.accumulator import CovarianceAccumulator
+from spectra.features.masks import Masks
 from spectra.features.sharing import Event, Shared
 from spectra.features.sites import NotCaptured, Site, sites_of
 from spectra.features.views import Channels, Rows, View
@@ -23,14 +24,21 @@ class Capture:
     """What the hooks of `capturing` have seen so far.
 
     Attributes:
-        mask: (batch, sequence) of the batch that runs, to be set before it does: inputs of three dimensions whose two
-            leading ones are of that shape count where it is not zero; all others count whole. None: everything counts.
+        masks: of the batch that runs, to be set before it does; by default everything counts. Inputs of (batch,
+            sequence) vectors, also flattened, count where their mask is not zero; all others count whole.
+        unmasked: streams of which padding may have been counted: the mask did not fit what they took in, and that was
+            not one vector a sample, which has no padding.
+        is_masked, misfit: of the batch that runs: whether an input took its mask, and (stream, shape) of one that
+            could not.
         is_paused: while True, nothing is counted: where a module is part of two models, the other one is running.
         calls: stream -> how often its module was called.
     """
 
     def __init__(self, dtype: torch.dtype, listener: Listener | None = None) -> None:
-        self.mask: Tensor | None = None
+        self.masks = Masks()
+        self.unmasked: dict[str, None] = {}
+        self.is_masked = False
+        self.misfit: tuple[str, tuple[int, ...]] | None = None
         self.is_paused = False
         self.calls: Counter[str] = Counter()
         self._dtype, self._listener = dtype, listener
@@ -59,20 +67,35 @@ class Capture:
             raise SpectraError(f"{stream}: the input is no dense tensor of real numbers; exclude this module")
         x = x.detach()
         self.calls[stream] += 1
-        self._inputs.add(stream, Event((x,), view, self.mask), lambda: self._moments(stream, view, x))
+        mask = self.masks.of(stream)
+        self._look_at(stream, view, x, mask)
+        self._inputs.add(stream, Event((x,), view, mask), lambda: self._moments(stream, view, x, mask))
         if self._listener:
-            self._listener(stream, view, x, self.mask)
+            self._listener(stream, view, x, mask)
 
-    def _moments(self, stream: str, view: View, x: Tensor) -> CovarianceAccumulator:
+    def _look_at(self, stream: str, view: View, x: Tensor, mask: Tensor | None) -> None:
+        """Note whether the padding of an input could be told."""
+        if mask is not None and view.takes(x, mask):
+            self.is_masked = True
+            return
+        samples = self.masks.whole if mask is None else mask
+        if samples is None or (mask is None and not self.masks.leaves_open(stream)):
+            return
+        if x.ndim < 2 or not len(x) == len(samples) == x[..., 0].numel():
+            self.unmasked[stream] = None
+            self.misfit = stream, tuple(x.shape)
+
+    def _moments(self, stream: str, view: View, x: Tensor, mask: Tensor | None) -> CovarianceAccumulator:
         moments = CovarianceAccumulator(view.width, name=stream, dtype=self._dtype)
-        for rows in view.blocks(x, self.mask):
+        for rows in view.blocks(x, mask):
             moments.update(rows)
         return moments
 
     def _see_output(self, module: str, view: View, y: Any) -> None:
         if not (self._is_asking or self.is_paused):
             y = (y[0] if isinstance(y, tuple) else y).detach()
-            self._outputs.add(module, Event((y,), view, self.mask), lambda: self._moments(module, view, y))
+            mask = self.masks.of(module)
+            self._outputs.add(module, Event((y,), view, mask), lambda: self._moments(module, view, y, mask))
 
     def _see_attended(self, stream: str, view: View, attention: nn.MultiheadAttention, call: Any) -> None:
         """What the output projection takes in: the attention asked once more, with the identity in its place.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spectra.errors import SpectraError
 from spectra.features.capture import Capture, Listener, capturing
+from spectra.features.masks import checked, masks_of
 from spectra.features.sites import Site
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -79,7 +80,10 @@ def run(
 
 def _run_one(each: Pass, capture: Capture, batch: Any, number: int, forward: Forward | None, mask: Mask | None) -> None:
     batch = _moved(batch, _device_of(each.model))
-    capture.mask = mask(batch) if mask else _attention_mask(batch)
+    capture.masks = masks_of(each.model, batch)
+    if mask:
+        capture.masks = replace(capture.masks, whole=checked(mask(batch), number))
+    capture.is_masked, capture.misfit = False, None
     capture.is_paused = False
     try:
         output = forward(each.model, batch) if forward else call(each.model, batch)
@@ -92,6 +96,12 @@ def _run_one(each: Pass, capture: Capture, batch: Any, number: int, forward: For
         ) from error
     finally:
         capture.is_paused = True
+    if mask and capture.masks.whole is not None and not capture.is_masked and capture.misfit:
+        stream, shape = capture.misfit
+        raise SpectraError(
+            f"`mask` returned {tuple(capture.masks.whole.shape)} for batch {number}, which fits no input of the "
+            f"{each.side} model ({stream} takes in {shape}); return one number per vector, or None"
+        )
     if each.on_output:
         each.on_output(output, batch)
 
@@ -141,11 +151,6 @@ def _moved(batch: Any, device: torch.device | None) -> Any:
     if isinstance(batch, list | tuple):
         return [_moved(value, device) for value in batch]
     return batch
-
-
-def _attention_mask(batch: Any) -> Tensor | None:
-    found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return found if isinstance(found, Tensor) and found.ndim == 2 and bool((found == 0).any()) else None
 
 
 def _samples(batch: Any) -> int:

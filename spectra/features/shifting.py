@@ -79,7 +79,9 @@ def covariance_shift(
             rounding.
         forward: called as forward(model, batch) in place of the default: a mapping as keywords (without `labels` where
             the model takes none), of a tuple or list the elements that the model requires, anything else as it is.
-        mask: mask(batch) -> (batch, sequence), zero at padding; by default the batch's `attention_mask`.
+        mask: mask(batch) -> (batch, sequence), zero at padding, or None; by default the batch's `attention_mask`. Of an
+            encoder with a decoder it is the encoder's; the decoder goes by the batch's `decoder_attention_mask`, or by
+            labels of -100. `provenance["notes"]` names the matrices whose inputs a mask does not fit.
         functional: also run the tuned model and compare what the two answer (`FunctionalCheck`).
         matrices: globs on names; the Delta of the matrices that match are kept on disk for `CovarianceShift.matrix`, in
             a temporary folder that goes with the result: 8 k^2 bytes each, 16 k^2 end to end.
@@ -155,8 +157,10 @@ def _check(basis: str, mode: str, top: int | None, slices: int, dtype: torch.dty
         raise SpectraError(f"mode is {mode!r}; give 'same_inputs' or 'end_to_end'")
     if dtype not in (None, torch.float32, torch.float64):
         raise SpectraError(f"dtype is {dtype!r}, which the products cannot have; give torch.float32 or torch.float64")
-    if slices < 1 or (top is not None and top < 1) or (workers is not None and workers < 1):
-        raise SpectraError("slices, top and workers must be at least 1")
+    for name, given in (("slices", slices), ("top", top), ("workers", workers)):
+        is_count = given is not None and hasattr(given, "__index__") and given >= 1
+        if not is_count and (given is not None or name == "slices"):
+            raise SpectraError(f"{name} is {given!r}, and slices, top and workers must be at least 1, in whole numbers")
 
 
 def _without_data(base: Any, tuned: Any, paired: Callable[[Checkpoint, Checkpoint], Pairing]) -> Streamed:

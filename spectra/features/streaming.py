@@ -176,6 +176,18 @@ class _Seen:
             cross = self.cross.of(site.key, other.key) if self.cross else None
         return Inputs(moments, tuned, cross, site.groups)
 
+    def notes(self) -> list[str]:
+        """Where padding may have been counted."""
+        sides = [(self.sites, self.base), *([(self.sites_tuned, self.tuned)] if self.tuned else [])]
+        found = {name: None for sites, side in sides for name, site in sites.items() if site.key in side.unmasked}
+        if not found:
+            return []
+        first, more = ", ".join([*found][:3]), len(found) - 3
+        return [
+            f"mask: not known of the inputs of {first}{f' and {more} more' if more > 0 else ''}, since it fits neither "
+            "their shape nor their side of the model: all their positions count, padding among them"
+        ]
+
 
 def _gathered(
     pairing: Pairing,
@@ -206,7 +218,7 @@ def _gathered(
         functional=check.result() if check else None,
         batches=counts.batches,
         samples=counts.samples,
-        notes=[*one.notes, *other.notes, *pairing.notes, *notes, *(check.notes if check else ())],
+        notes=[*one.notes, *other.notes, *pairing.notes, *notes, *seen.notes(), *(check.notes if check else ())],
         base=described(one),
         tuned=described(other),
     )

@@ -19,20 +19,28 @@ class View(Protocol):
     @property
     def width(self) -> int: ...
 
+    def takes(self, x: Tensor, mask: Tensor) -> bool:
+        """Whether a mask has one number for each vector."""
+        ...
+
     def blocks(self, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-        """The vectors (N, width), in blocks."""
+        """The vectors (N, width), in blocks; without those where a mask that is taken is zero."""
         ...
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The last dimension holds the vector. A mask of the two leading dimensions of three leaves padding out."""
+    """The last dimension holds the vector. A mask of the leading dimensions leaves padding out, also where they were
+    flattened into one."""
 
     width: int
 
+    def takes(self, x: Tensor, mask: Tensor) -> bool:
+        return mask.shape == x.shape[:-1] or (x.ndim == 2 and len(x) == mask.numel())
+
     def blocks(self, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
         rows = x.reshape(-1, self.width)
-        if mask is not None and x.ndim == 3 and mask.shape == x.shape[:2]:
+        if mask is not None and self.takes(x, mask):
             rows = rows[mask.reshape(-1).to(rows.device, torch.bool)]
         yield rows
 
@@ -43,8 +51,14 @@ class Turned:
 
     width: int
 
+    def takes(self, x: Tensor, mask: Tensor) -> bool:
+        return Rows(self.width).takes(self._turned(x), mask)
+
     def blocks(self, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-        yield from Rows(self.width).blocks(x.transpose(0, 1) if x.ndim == 3 else x, mask)
+        yield from Rows(self.width).blocks(self._turned(x), mask)
+
+    def _turned(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1) if x.ndim == 3 else x
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,9 @@ class Channels:
 
     width: int
     dimensions: int  # of space
+
+    def takes(self, x: Tensor, mask: Tensor) -> bool:
+        return False
 
     def blocks(self, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
         yield x.movedim(-self.dimensions - 1, -1).reshape(-1, self.width)
@@ -76,6 +93,9 @@ class Patches:
     @property
     def width(self) -> int:
         return self.channels * self.kernel[0] * self.kernel[1]
+
+    def takes(self, x: Tensor, mask: Tensor) -> bool:
+        return False
 
     def blocks(self, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
         if x.ndim == self.dimensions + 1:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from spectra.features.capture import capturing
+from spectra.features.masks import masks_of
 
 BATCHES, SIZE, LENGTH = 4, 32, 128
 
@@ -71,7 +72,7 @@ def ratio(model: nn.Module, batches: list[dict[str, Tensor]], rounds: int, dtype
     def captured() -> None:
         with capturing(model, names, dtype=dtype) as capture:
             for batch in batches:
-                capture.mask = batch["attention_mask"] if bool((batch["attention_mask"] == 0).any()) else None
+                capture.masks = masks_of(model, batch)
                 model(**batch)
 
     model.eval()

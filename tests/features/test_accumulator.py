@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from spectra.errors import SpectraError
 from spectra.features.accumulator import CovarianceAccumulator, CrossAccumulator
@@ -140,3 +142,46 @@ def test_cross_moments_of_any_partition(seed: int, counts: list[int]) -> None:
         np.testing.assert_allclose(each.covariance().numpy(), expected.numpy(), atol=1e-10)
     with pytest.raises(ValueError, match="paired"):
         found.update(x[:1], y[:2])
+
+
+@pytest.mark.parametrize("scale", [1e25, 3e38, 1e-25])
+def test_what_float32_cannot_square_is_squared_in_float64(scale: float) -> None:
+    x = torch.rand(100, 3, generator=torch.Generator().manual_seed(0)).sub(0.5).mul(2).mul(scale)
+    expected = np.cov(x.double().numpy().T, bias=True)
+    found = seen(x, dtype=torch.float32).covariance().numpy()
+    np.testing.assert_allclose(found / scale**2, expected / scale**2, rtol=1e-6)
+    cross = CrossAccumulator(torch.float32)
+    cross.update(x, x[:, :2])
+    np.testing.assert_allclose(cross.covariance().numpy() / scale**2, expected[:, :2] / scale**2, rtol=1e-6)
+    with pytest.raises(SpectraError, match=r"as large as 1\.0e\+200, whose squares are beyond float64"):
+        seen(torch.tensor([[1e200], [-1e200]], dtype=torch.float64))
+
+
+def test_a_refused_batch_leaves_nothing_behind() -> None:
+    x = rows(0, 5000, 2)
+    x[4500, 1] = torch.nan
+    found = CovarianceAccumulator(2)
+    with pytest.raises(SpectraError, match="1 NaN"):
+        found.update(x)
+    assert found.count == 0
+
+
+def test_what_is_no_tensor_is_refused_in_a_sentence() -> None:
+    found = CovarianceAccumulator(3, name="fc")
+    with pytest.raises(SpectraError, match="fc: the batch is a ndarray"):
+        found.update(np.ones((2, 3)))  # type: ignore[arg-type]
+    with pytest.raises(SpectraError, match="fc: the mask is a list"):
+        found.update(torch.ones(2, 3), [1, 0])  # type: ignore[arg-type]
+    with pytest.raises(SpectraError, match="fc: a int cannot be merged"):
+        found.merge(5)  # type: ignore[arg-type]
+    with pytest.raises(SpectraError, match=r"the size given is 2\.5"):
+        CovarianceAccumulator(2.5)  # type: ignore[arg-type]
+
+
+def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    tensors = {"mean": torch.zeros(2).double(), "moment": torch.zeros(2, 2).double()}
+    described = {"count": 3, "size": 5, "name": "", "dtype": "torch.float64"}
+    for metadata in ([1, 2], described, described | {"size": "2"}, described | {"size": 2, "count": 0}):
+        save_file(tensors, tmp_path / "moments", metadata={"accumulator": json.dumps(metadata)})
+        with pytest.raises(SpectraError, match="holds no saved moments"):
+            CovarianceAccumulator.load(tmp_path / "moments")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spectra.errors import SpectraError
 from spectra.features.capture import Capture, capturing
+from spectra.features.masks import Masks
 from spectra.features.sites import expanded
 from tests.reference import covariance as brute
 
@@ -96,7 +97,7 @@ def test_attention_of_torch(batch_first: bool, widths: dict[str, int]) -> None:
         attended = attention(*laid)[0]  # without a mask
     features_follow(capture, attention.out_proj, "a", stream="a.out_proj")
     with capturing(nn.ModuleDict({"a": attention}), ["a"], dtype=torch.float64) as capture:
-        capture.mask = mask
+        capture.masks = Masks(mask)
         again = attention(laid[0], key=laid[1], value=laid[2])[0]
     assert torch.equal(attended, again)
     for slot, x in (("query", query), ("key", key), ("value", value)):

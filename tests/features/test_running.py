@@ -92,6 +92,12 @@ def tiny(kind: str) -> tuple[Any, dict[str, Tensor]]:
                 num_key_value_heads=1, max_position_embeddings=8, tie_word_embeddings=False,
             )  # fmt: skip
             return transformers.LlamaForCausalLM(config), ids
+        case "opt":  # flattens (batch, sequence) before its wide layers
+            config = transformers.OPTConfig(
+                vocab_size=50, hidden_size=12, ffn_dim=20, num_hidden_layers=2, num_attention_heads=2,
+                max_position_embeddings=8, word_embed_proj_dim=12,
+            )  # fmt: skip
+            return transformers.OPTForCausalLM(config), ids
         case _:
             config = transformers.ViTConfig(
                 hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, image_size=8,
@@ -101,7 +107,7 @@ def tiny(kind: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "vit"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "vit"])
 def test_every_multiplied_matrix_of_usual_models_is_measured(kind: str) -> None:
     """Fused and transposed projections under the names of `compare`; only tables of embeddings are left out."""
     torch.manual_seed(0)
@@ -121,3 +127,94 @@ def test_every_multiplied_matrix_of_usual_models_is_measured(kind: str) -> None:
     if kind == "gpt2":  # its head multiplies by the table of the tokens
         assert shift.layers.set_index("name").loc["transformer.wte.weight", "samples"] == 16
     assert (shift.functional["kl"] > 0).all()
+
+
+def encoder_with_decoder(kind: str) -> Any:
+    import transformers
+
+    match kind:
+        case "bart":
+            return transformers.BartForConditionalGeneration(
+                transformers.BartConfig(
+                    vocab_size=50, d_model=12, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                    decoder_attention_heads=2, encoder_ffn_dim=20, decoder_ffn_dim=20, max_position_embeddings=16,
+                )
+            )  # fmt: skip
+        case "t5":
+            config = transformers.T5Config(vocab_size=50, d_model=12, d_kv=6, d_ff=20, num_layers=1, num_heads=2)
+            return transformers.T5ForConditionalGeneration(config)
+        case _:
+            part = transformers.BertConfig(
+                vocab_size=50, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
+            )
+            both = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(part, part)
+            return transformers.EncoderDecoderModel(both)
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+@pytest.mark.parametrize("kind", ["bart", "t5", "bert2bert"])
+@pytest.mark.parametrize("length", [6, 7])  # as long as the encoder's, and not
+def test_each_side_of_an_encoder_with_a_decoder_goes_by_its_own_mask(kind: str, length: int) -> None:
+    torch.manual_seed(0)
+    base = encoder_with_decoder(kind)
+    labels = torch.randint(3, 50, (2, length))
+    labels[1, 2:] = -100
+    batch = {
+        "input_ids": torch.randint(3, 50, (2, 6)),
+        "attention_mask": torch.tensor([[1] * 6, [1] * 3 + [0] * 3]),
+        "decoder_input_ids": torch.randint(3, 50, (2, length)),
+    }
+    given = {"decoder_attention_mask": (labels != -100).long()}
+    of_encoder, of_decoder = 9, length + 2
+    across = ("encoder_attn.k_proj", "encoder_attn.v_proj", "EncDecAttention.k", "EncDecAttention.v",
+              "crossattention.self.key", "crossattention.self.value")  # fmt: skip
+    for more, decoded in ((given, of_decoder), ({"labels": labels}, of_decoder), ({}, 2 * length)):
+        shift = spectra.covariance_shift(base, base, [batch | more], functional=False)
+        for name, samples in shift.layers.set_index("name")["samples"].items():
+            is_encoded = str(name).removeprefix("model.").startswith("encoder.") or any(
+                part in str(name) for part in across
+            )
+            if "pooler" in str(name):  # one token of each
+                assert samples == 2
+                continue
+            assert samples == (of_encoder if is_encoded else decoded), name
+        notes = [note for note in shift.provenance["notes"] if note.startswith("mask: ")]
+        assert len(notes) == (not more)
+        assert not more or not notes
+        assert all("decoder" in note and "encoder.layers" not in note for note in notes)
+
+
+class Windows(nn.Module):
+    """Gives its layers padded positions in shapes that no mask can follow, and one vector a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.pairs, self.head = nn.Linear(4, 4), nn.Linear(8, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        pairs = self.pairs(self.each(x).reshape(len(x), -1, 8))
+        return self.head(pairs[:, 0])
+
+
+def test_inputs_that_a_mask_does_not_fit_are_named() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(3, 6, 4), Windows()
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 6])
+    shift = spectra.covariance_shift(model, model, [{"x": x, "attention_mask": mask}], functional=False)
+    assert shift.layers.set_index("name")["samples"].to_dict() == {
+        "each.weight": 16, "pairs.weight": 9, "head.weight": 3
+    }  # fmt: skip
+    (note,) = [note for note in shift.provenance["notes"] if note.startswith("mask: ")]
+    assert "the inputs of pairs.weight, since" in note
+
+
+def test_a_mask_of_ones_own_counts_or_is_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 3), nn.Linear(3, 2))
+    x = torch.randn(5, 20)
+    shift = spectra.covariance_shift(model, model, [x], mask=lambda x: torch.tensor([1, 1, 0, 0, 0]), functional=False)
+    assert set(shift.layers["samples"]) == {2}
+    with pytest.raises(SpectraError, match=r"\(5, 3\) for batch 0, which fits no input of the base model"):
+        spectra.covariance_shift(model, model, [torch.randn(5, 4, 20)], mask=lambda x: torch.ones(5, 3))
+    with pytest.raises(SpectraError, match=r"`mask` returned a list for batch 0"):
+        spectra.covariance_shift(model, model, [x], mask=lambda x: [1])  # type: ignore[arg-type, return-value]

@@ -378,6 +378,7 @@ def test_mistakes_are_said_in_a_sentence(pair: Any, batches: Any) -> None:
         ((base, tuned, batches), {"basis": "features"}, "give 'weight' or 'feature'"),
         ((base, tuned, batches), {"mode": "both"}, "mode is 'both'"),
         ((base, tuned, batches), {"top": 0}, "must be at least 1"),
+        ((base, tuned, batches), {"top": 2.5}, r"top is 2\.5, and"),
         ((base, tuned, batches), {"dtype": torch.float16}, "which the products cannot have"),
         ((base, tuned, batches), {"device": "abacus"}, "'abacus' is no device"),
         ((base, tuned, batches), {"include": ["nothing*"]}, "nothing"),
