@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spectra.errors import SpectraError
+
 from .options import AsJson, Exclude, Include, Quiet, Transposed
 from .output import check_writable, finish_shift
 from .progress import progress_bar
 
 if TYPE_CHECKING:
+    from spectra.comparison import Comparison
     from spectra.sources.inputs import Inputs
 
 
@@ -56,7 +59,9 @@ def covariance(
         Path | None,
         typer.Option(help="Texts: a .csv, .tsv, .json, .jsonl, .parquet or .txt file. Or a folder, as --images."),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="The column of --data that holds the texts.")] = "text",
+    text_column: Annotated[
+        str | None, typer.Option(help="The column of --data that holds the texts; by default text.")
+    ] = None,
     label_column: Annotated[
         str | None, typer.Option(help="Its column of labels: classes by number or name, or numbers to predict.")
     ] = None,
@@ -80,7 +85,7 @@ def covariance(
     include: Include = None,
     exclude: Exclude = None,
     transposed: Transposed = None,
-    batch_size: Annotated[int, typer.Option(help="Samples a batch.", min=1)] = 16,
+    batch_size: Annotated[int | None, typer.Option(help="Samples a batch; by default 16.", min=1)] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens after which a text is cut; by default what the model takes.", min=1)
     ] = None,
@@ -133,6 +138,10 @@ def covariance(
 
       spectra covariance base.safetensors tuned.safetensors
     """
+    if join_label is not None and join is None:
+        raise SpectraError("--join-label names a model of the comparison of --join; give --join, too, or leave it out")
+    if matrices and out is None:
+        raise SpectraError("--matrices are kept in the folder of --out; give --out, too, or leave them out")
     if out is not None:
         check_writable(out)
     import torch
@@ -142,6 +151,8 @@ def covariance(
     from spectra.sources.inputs import inputs_from
 
     comparison = None if join is None else load(join)
+    if comparison is not None:
+        _check_join(comparison, join_label, basis)
     chosen = None if task is None else task.value
     given: Inputs = inputs_from(
         base, tuned, data=data, text_column=text_column, label_column=label_column, images=images, model=model,
@@ -170,3 +181,22 @@ def covariance(
     )
     if comparison is not None and join is not None:
         comparison.join(result, join_label).save(join)
+
+
+def _check_join(comparison: Comparison, label: str | None, basis: Basis) -> None:
+    """Refuse, before the models run, a join that cannot be."""
+    if basis is not Basis.weight:
+        raise SpectraError(
+            f"--join adds to the components of a comparison, of which --basis {basis.value} has none; "
+            "leave out one of the two"
+        )
+    labels = list(dict.fromkeys(map(str, comparison.layers["tuned"])))
+    if label is None and len(labels) > 1:
+        raise SpectraError(
+            f"the comparison of --join is of {', '.join(map(repr, labels))}; say with --join-label which this is"
+        )
+    if label is not None and label not in labels:
+        raise SpectraError(
+            f"--join-label {label} is none of the comparison's tuned models ({', '.join(map(repr, labels))}); "
+            "name one of them"
+        )

@@ -165,3 +165,15 @@ def test_a_mistake_is_one_sentence(own: Path) -> None:
     assert_refused(
         run(*files, "--model", "own_things:make", "--batches", "own_things:batches", cwd=own), "no 'make'", "build"
     )
+    assert_refused(run(*files, "--matrices", "*"), "--matrices", "give --out, too")
+    assert_refused(run(*files, "--join-label", "one"), "--join-label", "give --join, too")
+
+
+def test_a_join_that_cannot_be_is_refused_before_the_models_run(own: Path) -> None:
+    """The factories would fail if they were called, so that these words come before any run."""
+    files = (own / "base.safetensors", own / "tuned.safetensors")
+    spectra.compare(files[0], {"one": files[1], "other": files[1]}).save(own / "two")
+    never = (*files, "--model", "nowhere:build", "--batches", "nowhere:batches", "--join", own / "two")
+    assert_refused(run(*never, "--join-label", "one", "--basis", "feature", cwd=own), "--join", "--basis feature")
+    assert_refused(run(*never, "--join-label", "third", cwd=own), "--join-label third", "'one', 'other'")
+    assert_refused(run(*never, cwd=own), "say with --join-label")

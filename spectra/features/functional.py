@@ -51,6 +51,8 @@ class FunctionalCheck:
         self._kept: list[tuple[str, Answer, int]] = []  # per batch: digest, the base's answer without values, how many
         self._rows: list[dict[str, Tensor]] = []
         self._remarks: dict[str, None] = {}
+        self._unused: dict[int, str] = {}  # batch -> what is wrong with its labels
+        self._of_plain: bool | None = None
         self._beyond = 0
 
     def base(self, output: Any, batch: Any) -> None:
@@ -58,9 +60,9 @@ class FunctionalCheck:
 
         Args:
             output: what the model returned.   batch: as the loop got it, labels included.
-        Raises: SpectraError where `folder` cannot be written.
+        Raises: SpectraError where `folder` cannot be written, and for a label that is none of the model's classes.
         """
-        answer = read_answer(output, batch)
+        answer = self._read(output, batch, len(self._kept), "base")
         if answer is None:
             answer = Answer("features", torch.empty(0, 0), torch.empty(0, dtype=torch.int64), None)
         if answer.remark:
@@ -72,7 +74,7 @@ class FunctionalCheck:
     def tuned(self, output: Any, batch: Any) -> None:
         """Take the tuned model's output on the batch that comes next in the base's order, and compare.
 
-        Raises: SpectraError where it is not the batch that the base saw.
+        Raises: SpectraError where it is not the batch that the base saw, and for a label that is none of the classes.
         """
         at = len(self._rows)
         if at >= len(self._kept):
@@ -86,7 +88,7 @@ class FunctionalCheck:
                 f"batch {at} was another one in the second pass than in the first; "
                 "give batches that come in the same order each time (shuffle=False, a fixed seed)"
             )
-        answer = read_answer(output, batch)
+        answer = self._read(output, batch, at, "tuned model")
         values = self._recall(at, samples)
         if answer is None or not len(base.counts):
             self._rows.append({})
@@ -113,9 +115,9 @@ class FunctionalCheck:
             )
             return {"kl": _means(each.double(), base.counts[:samples])}
         if base.kind == "features":
-            self._remarks["no KL: the model returns no logits; its features before and after are compared instead"] = (
-                None
-            )
+            self._remarks[
+                "no KL: no logits were found in the model's output; its features before and after are compared instead"
+            ] = None
         else:
             self._remarks["no KL: the model predicts numbers; those before and after are compared instead"] = None
         p, q = p.double(), q.double()
@@ -148,6 +150,12 @@ class FunctionalCheck:
     def notes(self) -> list[str]:
         """What a reader of `result` must know, a sentence each."""
         notes = [f"functional check: {remark}" for remark in self._remarks]
+        if self._unused:
+            batch, wrong = next(iter(self._unused.items()))
+            notes.append(
+                f"functional check: the labels of {len(self._unused)} of {len(self._kept)} batches were not used: "
+                f"batch {batch} has {wrong}"
+            )
         if self._beyond:
             held = sum(samples for _, _, samples in self._kept)
             notes.append(
@@ -157,6 +165,15 @@ class FunctionalCheck:
         if self._rows and not any(self._rows):
             notes.append("functional check: nothing to compare, since the model's output holds no tensor of samples")
         return notes
+
+    def _read(self, output: Any, batch: Any, at: int, side: str) -> Answer | None:
+        """The answer to a batch; what the base's first said of plain outputs holds for all."""
+        answer = read_answer(output, batch, f"batch {at} (run by the {side})", self._of_plain)
+        if answer is not None:
+            self._of_plain = answer.of_plain
+            if answer.unused:
+                self._unused.setdefault(at, answer.unused)
+        return answer
 
     def _keep(self, answer: Answer) -> int:
         """Write as many samples as the limit leaves room for; returns how many."""

@@ -60,7 +60,7 @@ def text_batches(
     labels: Tensor | None = None
     if label_column:
         given = [columns[label_column][row] for row in rows]
-        labels = _placed(label_tensor(given, config, str(file), label_column, task), rows, len(texts))
+        labels = _placed(label_tensor(given, config, str(file), label_column, task, rows), rows, len(texts))
     if sort:
         rows.sort(key=lambda row: len(tokens[row]))  # stable: equal lengths stay in the file's order
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -71,13 +71,13 @@ def inputs_from(
     tuned: str,
     *,
     data: Path | None = None,
-    text_column: str = "text",
+    text_column: str | None = None,
     label_column: str | None = None,
     images: Path | None = None,
     model: str | None = None,
     batches: str | None = None,
     task: str | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     max_length: int | None = None,
     limit: int | None = None,
 ) -> Inputs:
@@ -87,7 +87,8 @@ def inputs_from(
         base, tuned: model folders or adapters (see `load_model`); with `model`, checkpoints of that module.
         data: a table of texts (see `text_batches`), or a folder of images.   images: a folder of images.
         model, batches: "package.module:function" (see `factories`).
-    Raises: SpectraError where these contradict each other, or something cannot be read.
+        text_column, batch_size: "text" and 16 where None.
+    Raises: SpectraError where these contradict each other or one would do nothing, or something cannot be read.
     """
     given = {"--data": data, "--images": images, "--batches": batches}
     named = [option for option, value in given.items() if value is not None]
@@ -97,13 +98,23 @@ def inputs_from(
         "base": base, "tuned": tuned, "model": model, "batches": batches,
         "data": str(data or images) if data or images else None,
     }  # fmt: skip
+    of_texts = {"--text-column": text_column, "--label-column": label_column, "--max-length": max_length}
+    of_samples = {"--batch-size": batch_size, "--limit": limit}
     if not named:
-        if model is not None or label_column is not None or limit is not None:
+        if idle := _given({"--model": model, "--task": task, **of_texts, **of_samples}):
             raise SpectraError(
-                "there is nothing to run the models on; give --data, --images or --batches, or leave out --model, "
-                "--label-column and --limit for the answer without data"
+                f"there is nothing to run the models on; give --data, --images or --batches, or leave out {idle} for "
+                "the answer without data"
             )
         return Inputs(base, tuned, None, sources)
+    if data is not None and data.is_dir():
+        data, images = None, data
+    idle = _given(of_texts if batches is None else {**of_texts, **of_samples}) if data is None else ""
+    if idle:
+        said = f"the batches are those of {batches}" if batches is not None else f"{images} is a folder of images"
+        raise SpectraError(f"{said}, for which {idle} would do nothing; leave that out")
+    if batches is not None and model is not None and task is not None:
+        raise SpectraError("--model builds the models, for which --task would do nothing; leave one of them out")
     notes: list[str] = []
     if model is not None:
         if batches is None:
@@ -122,8 +133,8 @@ def inputs_from(
         found: Any = build_batches(batches)
     else:
         found = _own_batches(
-            base, tuned, data, images, text_column=text_column, label_column=label_column, task=task,
-            batch_size=batch_size, max_length=max_length, limit=limit,
+            base, tuned, data, images, text_column=text_column or "text", label_column=label_column, task=task,
+            batch_size=16 if batch_size is None else batch_size, max_length=max_length, limit=limit,
         )  # fmt: skip
         notes += found.notes
     under = base if isinstance(open_checkpoint(tuned), Adapter) else None
@@ -135,6 +146,11 @@ def inputs_from(
         notes,
         _bytes(base, tuned),
     )
+
+
+def _given(options: Mapping[str, Any]) -> str:
+    """The names of the options that have a value."""
+    return " and ".join(name for name, value in options.items() if value is not None)
 
 
 def _bytes(base: str, tuned: str) -> int:
@@ -164,8 +180,6 @@ def _own_batches(
     limit: int | None,
 ) -> Batches:
     """Batches of texts or images as the base's own tokenizer or image processor makes them."""
-    if images is None and data is not None and data.is_dir():
-        images = data
     if images is not None:
         config = _with_classes(base, tuned, task)
         return image_batches(images, load_image_processor(base), config=config, batch_size=batch_size, limit=limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,21 @@ from spectra.sources.models import task_of
 WITH_CLASSES = ("classification", "image-classification")
 
 
-def label_tensor(values: Sequence[Any], config: Any, source: str, column: str, task: str | None = None) -> Tensor:
+def label_tensor(
+    values: Sequence[Any],
+    config: Any,
+    source: str,
+    column: str,
+    task: str | None = None,
+    rows: Sequence[int] | None = None,
+) -> Tensor:
     """Labels of a table for a model with this configuration.
 
     Args:
         values: numbers of classes, or their names as in the model's `label2id`; for a model with a single output
             (a regression) numbers.
         source, column: where they come from, for messages.   task: the model's; by default what its config says.
+        rows: of the values in the file, counted from 0, where not all rows are given; for messages.
     Returns: (N,) int64 classes, or float32 numbers for a regression.
     Raises: SpectraError that names the first row whose label does not do, counted from 1.
 
@@ -35,12 +44,13 @@ def label_tensor(values: Sequence[Any], config: Any, source: str, column: str, t
         raise SpectraError(
             f"the column {column!r} of {source} has no use: a model for {task} takes no label a row; leave it out"
         )
+    numbered = [(at + 1, value) for at, value in zip(range(len(values)) if rows is None else rows, values, strict=True)]
     if is_regression(config):
-        return torch.tensor([_number(value, row, source, column) for row, value in enumerate(values, 1)])
+        return torch.tensor([_number(value, row, source, column) for row, value in numbered])
     names = class_numbers(config)
     count = int(config.num_labels)
     return torch.tensor(
-        [_class(value, row, names, count, source, column) for row, value in enumerate(values, 1)], dtype=torch.int64
+        [_class(value, row, names, count, source, column) for row, value in numbered], dtype=torch.int64
     )
 
 
@@ -67,8 +77,8 @@ def _number(value: Any, row: int, source: str, column: str) -> float:
 def _class(value: Any, row: int, names: Mapping[str, int], count: int, source: str, column: str) -> int:
     if isinstance(value, str) and value in names:
         return names[value]
-    is_whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
-    if isinstance(value, bool) or is_whole:
+    is_whole = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and value == int(value))
+    if is_whole:
         if 0 <= int(value) < count:
             return int(value)
         raise SpectraError(

@@ -333,3 +333,70 @@ def test_an_output_without_tensors_is_noted(tmp_path: Path) -> None:
     assert check.result().empty
     assert any("nothing to compare" in note for note in check.notes)
     assert FunctionalCheck(tmp_path).result().empty
+
+
+def test_a_label_that_is_no_class_is_named_and_changes_nothing_else(tmp_path: Path) -> None:
+    """Whether a plain output is logits is settled by the first batch, and a later label cannot unsettle it."""
+    torch.manual_seed(0)
+    base, x = Plain(), torch.randn(5, 6)
+    good, wrong = (x, torch.tensor([0, 1, 2, 3, 0])), (x, torch.tensor([0, 7, 2, 3, 0]))
+    with pytest.raises(SpectraError, match=r"^batch 1 \(run by the base\) has the label 7, .* classes 0 to 3;"):
+        take(FunctionalCheck(tmp_path), base, base, [good, wrong])
+    features = FunctionalCheck(tmp_path)
+    take(features, base, moved(base), [wrong, good])
+    assert features.result()["kl"].isna().all()
+    assert features.result()["output_change"].notna().all()
+    (note,) = [note for note in features.notes if "labels" in note]
+    assert "2 of 2 batches were not used: batch 0 has the label 7 beside an output of shape [5, 4]" in note
+
+
+@pytest.mark.parametrize("label", [4, -1])
+def test_a_label_that_is_no_class_of_named_logits_is_named(label: int, tmp_path: Path) -> None:
+    check = FunctionalCheck(tmp_path)
+    with pytest.raises(SpectraError, match=rf"^batch 0 .* has the label {label}, and .* classes 0 to 3"):
+        check.base({"logits": torch.zeros(3, 4)}, {"labels": torch.tensor([0, label, -100])})
+    check.base({"logits": torch.zeros(2, 4)}, {"labels": torch.tensor([0, 3])})
+    with pytest.raises(SpectraError, match=r"^batch 0 \(run by the tuned model\) has the label 3, .* 0 to 2"):
+        check.tuned({"logits": torch.zeros(2, 3)}, {"labels": torch.tensor([0, 3])})
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.int16, list, np.array])
+def test_labels_of_any_whole_numbers_are_the_same_labels(kind: Any, tmp_path: Path) -> None:
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    labels = kind([0, 2, 3]) if callable(kind) else torch.tensor([0, 2, 3], dtype=kind)
+    check = FunctionalCheck(tmp_path)
+    check.base({"logits": logits}, {"labels": labels})
+    check.tuned({"logits": logits}, {"labels": labels})
+    expected = [-log_softmax(row)[label] for row, label in zip(logits.numpy(), [0, 2, 3], strict=True)]
+    np.testing.assert_allclose(check.result()["base_loss"], expected, rtol=1e-9)
+    assert not check.notes
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (torch.tensor([0, 1]), "labels of shape [2]"),
+        (torch.tensor([0.0, 1.0, 2.0]), "labels of shape [3] and type torch.float32 beside logits of shape [3, 4]"),
+        (["no", "yes", "no"], "a list for labels"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_noted(labels: Any, said: str, tmp_path: Path) -> None:
+    check, logits = FunctionalCheck(tmp_path), torch.zeros(3, 4)
+    for use in (check.base, check.tuned):
+        use({"logits": logits}, {"labels": labels})
+    assert check.result()["kl"].eq(0).all()
+    assert check.result()["base_loss"].isna().all()
+    (note,) = check.notes
+    assert f"the labels of 1 of 1 batches were not used: batch 0 has {said}" in note
+
+
+def test_a_batch_without_samples_adds_none(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x, labels = Plain(), torch.randn(5, 6), torch.arange(5) % 4
+    for batches in ([x, x[:0]], [(x[:0], labels[:0]), (x, labels)]):
+        check = FunctionalCheck(tmp_path)
+        take(check, base, moved(base), batches)
+        frame = check.result()
+        assert list(frame["sample"]) == list(range(5))
+        assert frame["kl" if isinstance(batches[0], tuple) else "output_change"].gt(0).all()
+        assert not any("not used" in note for note in check.notes)

@@ -209,6 +209,8 @@ def test_labels_are_classes_by_number_or_name_and_numbers_for_a_regression() -> 
         ([0, 2], CLASSES, "row 2 of f has the label 2 .* 0 to 1"),
         ([0.5], CLASSES, r"row 1 of f has 0\.5"),
         ([None], CLASSES, "row 1 of f has None"),
+        ([0, float("nan")], CLASSES, "row 2 of f has nan"),
+        ([float("inf")], CLASSES, "row 1 of f has inf"),
         ([1.0, "high"], NUMBER, "row 2 of f has 'high' .* needs a number"),
         ([float("nan")], NUMBER, "row 1 of f has nan"),
         ([0], SimpleNamespace(architectures=["XForMaskedLM"]), "has no use: a model for masked-lm"),
@@ -217,6 +219,27 @@ def test_labels_are_classes_by_number_or_name_and_numbers_for_a_regression() -> 
 def test_labels_that_do_not_do_are_named_by_their_row(values: list[Any], config: Any, words: str) -> None:
     with pytest.raises(SpectraError, match=words):
         label_tensor(values, config, "f", "c")
+
+
+def test_rows_are_counted_in_the_file_also_after_rows_without_text(tmp_path: Path) -> None:
+    words = {"[PAD]": 0, "a": 1, "[UNK]": 2}
+    tokenizer = pytest.importorskip("transformers").PreTrainedTokenizerFast(
+        tokenizer_object=_words(words), pad_token="[PAD]", unk_token="[UNK]"
+    )
+    path = tmp_path / "s.csv"
+    path.write_text("text,label\na,0\n,1\na,0\n,1\na,1\na,0\na,999\n")
+    with pytest.raises(SpectraError, match=r"row 7 of .*s\.csv has the label 999"):
+        text_batches(path, tokenizer, label_column="label", config=CLASSES)
+    path.write_text(path.read_text().replace("999", "1"))
+    (batch,) = text_batches(path, tokenizer, label_column="label", config=CLASSES)
+    assert batch["labels"].tolist() == [0, 0, 1, 0, 1]
+
+
+def _words(words: dict[str, int]) -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    return Tokenizer(WordLevel(words, unk_token="[UNK]"))
 
 
 def test_images_come_by_path_with_the_classes_of_their_folders(vit_folder: Path, image_folder: Path) -> None:
