@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 TABLES = ("layers", "components", "slices", "unmatched")
 PROVENANCE = "comparison.json"
+SAME_BASE = 3e-3  # relative: more than storing the base as bfloat16 moves
+SAME_UPDATE = 0.1
 NULLABLE = {"samples": "Int64", "directions": "Int64", "centred": "boolean"}  # of a shift, missing on rows without one
 
 
@@ -106,9 +108,9 @@ class Comparison:
             shift: with `basis="weight"`, whose directions are the components of a comparison.
             tuned: the label of the tuned model that the shift is of; may be left out where there is one.
         Raises: SpectraError for another basis, an unknown label, where no matrix is in both, and where the two cannot
-            be of the same models: by the sizes of a matrix, by a weight that one says moved and the other not, and
-            without data by the base's singular values and, where the update stands clear of rounding, by the variance
-            that directions gain. Other weights of the same sizes, measured on data, are not recognised.
+            be of the same models: by the sizes and norms of a matrix and of its update where that stands clear of
+            rounding, by a weight that one says moved and the other not, and without data by the base's singular values
+            and by the variance that directions gain.
 
         >>> import torch, spectra
         >>> base, tuned = {"fc.weight": torch.eye(2)}, {"fc.weight": torch.diag(torch.tensor([2.0, 1.0]))}
@@ -131,7 +133,8 @@ class Comparison:
                 "join the shift of the same two models"
             )
         _check_same_models(self, shift, label)
-        said = ["tensor", "part", "role", "layer", "rows", "columns", "note"]  # by the comparison itself
+        # by the comparison itself
+        said = ["tensor", "part", "role", "layer", "rows", "columns", "note", "base_norm", "update_norm"]
         layers = shift.layers.drop(columns=said).astype(NULLABLE)
         components = shift.components.rename(columns={"diagonal": "shift_diagonal"})
         return replace(
@@ -193,7 +196,7 @@ class Comparison:
 def _check_same_models(comparison: Comparison, shift: CovarianceShift, label: str) -> None:
     """Raise `SpectraError` where the tables of the two contradict each other."""
     ours = comparison.layers[comparison.layers["tuned"] == label]
-    theirs = shift.layers[["name", "rows", "columns", "relative_own"]]
+    theirs = shift.layers[["name", "rows", "columns", "base_norm", "update_norm", "relative_own"]]
     both = ours.drop(columns="relative_own", errors="ignore").merge(theirs, on="name", suffixes=("", "_shift"))
     other_size = both[(both["rows"] != both["rows_shift"]) | (both["columns"] != both["columns_shift"])]
     if len(other_size):
@@ -205,8 +208,14 @@ def _check_same_models(comparison: Comparison, shift: CovarianceShift, label: st
         if len(moved):
             name = moved["name"].iloc[0]
             raise _of_other_models(label, name, "is unchanged in the comparison and moved in the shift")
+    clear = (both["update_form"] == "dense") & (both["relative_update"] > 30 * both["rounding_floor"])
+    for norm, rows, tolerance in (("base_norm", both, SAME_BASE), ("update_norm", both[clear], SAME_UPDATE)):
+        apart = (rows[norm] - rows[f"{norm}_shift"]).abs() > tolerance * rows[norm]
+        if apart.any():
+            row = rows[apart].iloc[0]
+            norms = f"has the {norm} {row[norm]:.6g} in the comparison and {row[f'{norm}_shift']:.6g} in the shift"
+            raise _of_other_models(label, row["name"], norms)
     if shift.provenance.get("mode") == "data_free":
-        clear = (both["update_form"] == "dense") & (both["relative_update"] > 30 * both["rounding_floor"])
         _check_white(comparison, shift, label, set(both["name"][clear]))
 
 
@@ -221,11 +230,11 @@ def _check_white(comparison: Comparison, shift: CovarianceShift, label: str, cle
     both = ours.merge(theirs, on=["name", "component"])
     for name, rows in both.groupby("name", sort=False):
         squares = rows["singular_value"] ** 2
-        if _apart(rows["variance"], squares) > 3e-3:  # more than storing the base as bfloat16 moves
+        if _apart(rows["variance"], squares) > SAME_BASE:
             raise _of_other_models(label, name, "has other singular values in the base of the shift")
         alone = (rows["gap"] > 1e-6) & (rows["gap"].shift(fill_value=1.0) > 1e-6)  # within a cluster U is free
         rows = rows[alone & rows["white_shift"].notna()]
-        if name in clear and _apart(rows["normalised_diagonal"], rows["white_shift"]) > 0.1:
+        if name in clear and _apart(rows["normalised_diagonal"], rows["white_shift"]) > SAME_UPDATE:
             raise _of_other_models(label, name, "moved otherwise in the tuned model of the shift")
 
 

@@ -51,6 +51,7 @@ def test_a_shift_of_matrices_of_another_size_is_refused() -> None:
 
 def test_a_shift_of_another_base_is_refused() -> None:
     base, other = weights(1), weights(3)
+    other[NAME] *= base[NAME].norm() / other[NAME].norm()
     update = 0.01 * weights(2)[NAME]
     comparison = spectra.compare(base, {NAME: base[NAME] + update})
     with pytest.raises(SpectraError, match="other singular values in the base"):
@@ -67,6 +68,17 @@ def test_a_shift_of_another_tuned_model_is_refused(size: float, shape: tuple[int
     with pytest.raises(SpectraError, match=r"comparison of 'one'.*moved otherwise"):
         comparison.join(shift, "one")
     assert comparison.join(shift, "two").components["shift_diagonal"].notna().any()
+
+
+def test_data_do_not_hide_other_weights_of_the_same_sizes() -> None:
+    base, other = weights(1), weights(5)
+    comparison = spectra.compare(base, moved(base, 2, 0.3))
+    with pytest.raises(SpectraError, match="has the base_norm"):
+        comparison.join(on_data(other, moved(other, 2, 0.3)))
+    with pytest.raises(SpectraError, match="has the update_norm"):
+        comparison.join(on_data(base, moved(base, 2, 0.5)))
+    joined = comparison.join(on_data(base, moved(base, 2, 0.3)))
+    assert joined.layers["base_norm"].equals(comparison.layers["base_norm"])
 
 
 def test_a_weight_that_the_comparison_says_is_unchanged_cannot_have_moved() -> None:

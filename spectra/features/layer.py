@@ -108,6 +108,8 @@ def measure_shift(pair: Pair, inputs: Inputs, question: Question) -> tuple[Measu
         "note": "; ".join(filter(None, (pair.note, note))),
         "samples": inputs.base.count if inputs.base else 0,
         "directions": Q.shape[1],
+        "base_norm": float(torch.linalg.vector_norm(W)),
+        "update_norm": float(torch.linalg.vector_norm(D)),
         "held_share": held,
         **_sizes(found),
         "cka": alike.cka,

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 IDENTITY = ("name", "tensor", "part", "role", "layer", "rows", "columns", "note")
 HOW = ("mode", "basis", "centred")
 SIZES = (
-    "held_share", "variance_base", "variance_tuned", "shift_norm", "relative_shift", "relative_own",
-    "relative_inherited", "own_share", "inherited_share", "shift_diagonal_share", "shift_off_diagonal_share",
+    "base_norm", "update_norm", "held_share", "variance_base", "variance_tuned", "shift_norm", "relative_shift",
+    "relative_own", "relative_inherited", "own_share", "inherited_share", "shift_diagonal_share", "shift_off_diagonal_share",
     "shift_outside_share", "cka", "bures_distance", "relative_bures_distance", "mean_shift", "relative_mean_shift",
 )  # fmt: skip
 COMPONENTS = (

@@ -335,7 +335,8 @@ def test_the_kept_matrices_go_with_the_result(pair: Any) -> None:
 
 def test_a_comparison_gains_the_columns(pair: Any, batches: Any, tmp_path: Path) -> None:
     base, tuned = pair
-    comparison = spectra.compare(base, {"one": tuned, "two": moved(base)})
+    second = moved(base)
+    comparison = spectra.compare(base, {"one": tuned, "two": second})
     shift = spectra.covariance_shift(base, tuned, batches, mode="end_to_end", exclude=["down*"])
     joined = comparison.join(shift, "one")
     for table in ("layers", "components"):
@@ -351,7 +352,7 @@ def test_a_comparison_gains_the_columns(pair: Any, batches: Any, tmp_path: Path)
     assert again.components.equals(joined.components)
     assert again.layers.equals(joined.layers)
     assert again.provenance["shifts"]["one"]["mode"] == "end_to_end"
-    both = joined.join(spectra.covariance_shift(base, moved(base), batches), "two")
+    both = joined.join(spectra.covariance_shift(base, second, batches), "two")
     assert both.layers.set_index(["tuned", "name"])["mode"].loc[("one", "up.weight")] == "end_to_end"
     assert both.layers.set_index(["tuned", "name"])["mode"].loc[("two", "up.weight")] == "same_inputs"
     for options, message in (
