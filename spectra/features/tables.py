@@ -19,7 +19,8 @@ HOW = ("mode", "basis", "centred")
 SIZES = (
     "base_norm", "update_norm", "held_share", "variance_base", "variance_tuned", "shift_norm", "relative_shift",
     "relative_own", "relative_inherited", "own_share", "inherited_share", "shift_diagonal_share",
-    "shift_off_diagonal_share", "shift_outside_share", "cka", "bures_distance", "relative_bures_distance", "mean_shift", "relative_mean_shift",
+    "shift_off_diagonal_share", "shift_outside_share", "cka", "bures_distance", "relative_bures_distance", "mean_shift",
+    "relative_mean_shift",
 )  # fmt: skip
 COMPONENTS = (
     "component", "variance", "diagonal", "off_diagonal_energy", "own_diagonal", "inherited_diagonal", "variance_share",
