@@ -157,11 +157,11 @@ def test_sparse_comparisons_have_sentences_or_none(odd: Comparison) -> None:
             assert "nan" not in finding.text.lower()
 
 
-def rotated(size: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def rotated(size: float, side: int = 128) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Two matrices before and after a rotation of their output space, which changes no singular value."""
     generator = torch.Generator().manual_seed(4)
-    base = {f"l{i}.weight": torch.randn(128, 128, generator=generator) for i in range(2)}
-    K = torch.randn(128, 128, generator=generator)
+    base = {f"l{i}.weight": torch.randn(side, side, generator=generator) for i in range(2)}
+    K = torch.randn(side, side, generator=generator)
     Q = torch.linalg.matrix_exp(size * (K - K.T))
     return base, {name: Q @ weight for name, weight in base.items()}
 
@@ -194,11 +194,11 @@ def test_the_sign_of_a_change_is_that_of_the_singular_values() -> None:
 
 
 def test_a_fast_comparison_speaks_of_what_it_knows() -> None:
-    base, tuned = rotated(0.01)
+    base, tuned = rotated(0.01, side=160)  # what is smaller is never iterated
     result = spectra.compare(base, {"t": {name: 0.9 * weight for name, weight in tuned.items()}}, fast=True)
     assert result.layers["spectral_shift"].isna().all()
     finding = about(result, "mostly shrank")
-    assert finding.numbers["components"] == result.components["tuned_singular_value"].notna().sum() < 256
+    assert finding.numbers["components"] == result.components["tuned_singular_value"].notna().sum() < 320
     assert "leading components" in finding.text
 
 
