@@ -172,7 +172,7 @@ def _compact(medians: Mapping[tuple[int, int], Ratios]) -> str:
 
     lines = [
         "",
-        "plain loop / spectra, CPU seconds, one thread: torch (numpy)",
+        "plain loop / spectra, CPU seconds, one thread: torch (numpy), alternating rounds",
         " " * 22 + "".join(f"{j:>22}" for j in JOBS),
     ]
     for (m, n), ratios in medians.items():
