@@ -15,16 +15,18 @@ import torch
 
 import spectra
 from spectra.cache import SpectrumCache
-from spectra.checkpoints import Adapter, Checkpoint, fingerprint, open_checkpoint
+from spectra.checkpoints import Checkpoint, fingerprint
 from spectra.comparison import Comparison
 from spectra.engines import local
 from spectra.engines.batching import batched
 from spectra.engines.devices import ieee_products, named_devices, spread
+from spectra.engines.studying import opened
 from spectra.errors import SpectraError
 from spectra.jobs import Job, Outcome, Settings
 from spectra.labels import labelled
 from spectra.linalg.products import gemm_library
-from spectra.pairing import Pairing, Unmatched, pair
+from spectra.loading import grouped
+from spectra.pairing import Pairing, Unmatched
 
 Source = Any  # a path, a hub id, a state dict, an nn.Module, or an open Checkpoint
 NO_FLOAT64 = "device mps has no float64 arithmetic: the matrices were decomposed on the CPU"
@@ -97,20 +99,11 @@ def compare(
     spectra_kept = SpectrumCache(cache, cache_limit) if cache is not None else None
     devices = named_devices(device)
     settings = Settings(dtype, slices, top, epsilon, fast, spectra_kept)
-    base_checkpoint = open_checkpoint(base)
-    if isinstance(base_checkpoint, Adapter):
-        raise SpectraError(
-            f"{base_checkpoint.source} is an adapter and no base; give the model that it was trained on first, "
-            "and the adapter after it"
-        )
-    tuned_checkpoints = {label: open_checkpoint(source) for label, source in labelled(tuned).items()}
-    pairings = {
-        label: pair(base_checkpoint, checkpoint, include, exclude, transposed)
-        for label, checkpoint in tuned_checkpoints.items()
-    }
+    models = opened(base, labelled(tuned), include, exclude, transposed)
+    base_checkpoint, tuned_checkpoints, pairings = models.base, models.tuned, models.pairings
     on_cpu = devices[0].type == "cpu"
     places = spread(devices, workers or (local.available_cores() if on_cpu else len(devices)))
-    units = batched(_jobs(pairings), settings, places)
+    units = batched([Job(group.pairs) for group in grouped(pairings)], settings, places)
     total, done = sum(job.cost for unit in units for job in unit.jobs), 0
     finished: list[list[Outcome]] = [[] for _ in units]
     described = {label: _described(checkpoint) for label, checkpoint in tuned_checkpoints.items()}
@@ -156,7 +149,7 @@ def compare(
         "seconds": round(time.perf_counter() - started, 3),
         "interrupted": interrupted,
         "notes": [
-            *_notes(base_checkpoint, tuned_checkpoints, pairings, spectra_kept),
+            *dict.fromkeys((*models.notes(), *(spectra_kept.notes if spectra_kept else ()))),
             *_measured_once(outcomes),
             *([NO_FLOAT64] if "mps" in device else []),
         ],
@@ -165,15 +158,6 @@ def compare(
     if interrupted:
         raise ComparisonInterrupted(result)
     return result
-
-
-def _jobs(pairings: Mapping[str, Pairing]) -> list[Job]:
-    """Pairs of the same base matrix, cut to the same common part, share one job and so one base SVD."""
-    groups: dict[tuple[str, int, int], list[tuple[str, Any]]] = {}
-    for label, pairing in pairings.items():
-        for item in pairing.pairs:
-            groups.setdefault((item.matrix.name, item.matrix.rows, item.matrix.columns), []).append((label, item))
-    return [Job(tuple(group)) for group in groups.values()]
 
 
 def _in_order(finished: Sequence[Sequence[Outcome]], pairings: Mapping[str, Pairing]) -> list[Outcome]:
@@ -242,16 +226,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _notes(
-    base: Checkpoint, tuned: Mapping[str, Checkpoint], pairings: Mapping[str, Pairing], cache: SpectrumCache | None
-) -> list[str]:
-    """What was decided on the way, once each."""
-    notes = [f"{base.source}: {note}" for note in base.notes]
-    for label, checkpoint in tuned.items():
-        notes += [f"{label}: {note}" for note in (*checkpoint.notes, *pairings[label].notes)]
-    return list(dict.fromkeys((*notes, *(cache.notes if cache else ()))))
 
 
 def _measured_once(outcomes: Sequence[Outcome]) -> list[str]:

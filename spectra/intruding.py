@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from spectra.engines.loading import BaseMatrix, Group
 from spectra.engines.studying import Progress, opened, places, study
 from spectra.errors import SpectraError
 from spectra.jobs import CAN_FAIL, failed
 from spectra.labels import labelled
 from spectra.linalg.lowrank import LowRank
+from spectra.loading import BaseMatrix, Group
 from spectra.measures.familiarity import CLUSTER_GAP, Familiarity, Side, familiarity, tuned_triplets
 from spectra.pairing import Pair
 from spectra.report.tables_on_disk import load_tables, save_tables

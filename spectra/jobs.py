@@ -14,13 +14,13 @@ from spectra.cache import key_of
 from spectra.errors import SpectraError
 from spectra.linalg.lapack import LapackError
 from spectra.linalg.lowrank import LowRank
-from spectra.linalg.svd import NotFiniteError, Spectrum, describe_not_finite, svd
+from spectra.linalg.svd import NotFiniteError
+from spectra.loading import BaseMatrix, Group, identical, narrow, not_finite, refused
 from spectra.measures.matrix import measure
 from spectra.measures.rows import UNCHANGED, Measured
 
 if TYPE_CHECKING:
     from spectra.cache import SpectrumCache
-    from spectra.matrices import Matrix
     from spectra.pairing import Pair
 
 
@@ -59,21 +59,8 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A base matrix with the pairs that share it, one per tuned model."""
-
-    pairs: tuple[tuple[str, Pair], ...]
-
-    @property
-    def matrix(self) -> Matrix:
-        return self.pairs[0][1].matrix
-
-    @property
-    def cost(self) -> int:
-        """Flops, roughly: what orders the jobs and moves the progress bar."""
-        short, long = sorted((self.matrix.rows, self.matrix.columns))
-        updates = sum(not pair.is_untouched for _, pair in self.pairs)
-        return (short * short * (long + 4 * short) * (1 + updates) if updates else short * long) + 10_000
+class Job(Group):
+    """A base matrix with the pairs that share it, one per tuned model, as work to be done."""
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -82,12 +69,12 @@ class Job:
     def run(self, settings: Settings, device: torch.device) -> list[Outcome]:
         """Load, decompose the base once, measure every update. What fails here fails alone and says why."""
         try:
-            base = _Base(self, settings, device)
+            base = BaseMatrix(self.pairs[0][1], device, settings.cache)
         except CAN_FAIL as error:
             return [failed(error, label, pair, "base") for label, pair in self.pairs]
         return list(self._outcomes(base, settings))
 
-    def _outcomes(self, base: _Base, settings: Settings) -> Iterator[Outcome]:
+    def _outcomes(self, base: BaseMatrix, settings: Settings) -> Iterator[Outcome]:
         seen: dict[str, Outcome] = {}  # by the bits of W', where several models are compared
         for label, pair in self.pairs:
             try:
@@ -96,7 +83,7 @@ class Job:
                 found = failed(error, label, pair)
             yield found
 
-    def _one(self, label: str, pair: Pair, base: _Base, settings: Settings, seen: dict[str, Outcome]) -> Outcome:
+    def _one(self, label: str, pair: Pair, base: BaseMatrix, settings: Settings, seen: dict[str, Outcome]) -> Outcome:
         """What became of one pair. A call of its own lets go of its W' before the next one is loaded."""
         tuned = base.stored if pair.is_untouched else pair.load_tuned()
         if isinstance(tuned, Tensor) and identical(tuned, base.stored):
@@ -116,38 +103,7 @@ def _precision(pair: Pair, settings: Settings) -> torch.dtype:
     return settings.dtype or (torch.float64 if wide else torch.float32)
 
 
-class _Base:
-    """The base weight, and its spectrum from the first time that it is asked for."""
-
-    def __init__(self, job: Job, settings: Settings, device: torch.device) -> None:
-        self.pair = job.pairs[0][1]
-        self.device, self.cache = device, settings.cache
-        self.stored: Tensor = self.pair.load_base()
-        self._spectra: dict[torch.dtype, Spectrum] = {}
-
-    @property
-    def weight(self) -> Tensor:
-        """W as the numerics take it: no wider than stored."""
-        return _on(self.device, self.stored)
-
-    def spectrum(self, dtype: torch.dtype) -> Spectrum:
-        """The spectrum with vectors of `dtype`, decomposed once for each: no row depends on what else is compared."""
-        if dtype not in self._spectra:
-            try:
-                self._spectra[dtype] = self._decomposed(dtype)
-            except NotFiniteError as error:
-                raise not_finite(self.stored, self.pair, "base") from error
-        return self._spectra[dtype]
-
-    def _decomposed(self, dtype: torch.dtype) -> Spectrum:
-        if self.cache is None:
-            return svd(self.weight, dtype)
-        found = self.cache.spectrum(self.stored.cpu(), dtype, lambda: svd(self.weight, dtype))
-        U, S, V = (X.to(self.device) for X in (found.U, found.S, found.V))
-        return Spectrum(U, S, V, found.algorithm)
-
-
-def _outcome(label: str, pair: Pair, tuned: Tensor | LowRank, base: _Base, settings: Settings) -> Outcome:
+def _outcome(label: str, pair: Pair, tuned: Tensor | LowRank, base: BaseMatrix, settings: Settings) -> Outcome:
     dtype = _precision(pair, settings)
     spectrum = base.spectrum(dtype)
     weight: Tensor | LowRank
@@ -155,14 +111,14 @@ def _outcome(label: str, pair: Pair, tuned: Tensor | LowRank, base: _Base, setti
         weight, is_ours = LowRank(tuned.B.to(base.device), tuned.A.to(base.device), tuned.c), False
         for factor in (weight.A, weight.B):
             if not bool(torch.isfinite(factor).all()):
-                raise _refused(factor, f"factors for {pair.tuned_tensor}", pair.tuned.source)
+                raise refused(factor, f"factors for {pair.tuned_tensor}", pair.tuned.source)
     else:
-        weight = _on(base.device, tuned)
+        weight = narrow(tuned, base.device)
         # What was read from files, or copied, nobody else looks at; a state dict in memory is the caller's.
         is_ours = bool(pair.tuned.files) or weight.data_ptr() != tuned.data_ptr()
     try:
         measured = measure(
-            base.weight,
+            base.narrow_weight,
             spectrum,
             weight,
             base_dtype=pair.base_dtype,
@@ -201,31 +157,6 @@ def unchanged(label: str, pair: Pair, stored: Tensor) -> Outcome:
     if not isfinite(norm):  # equal infinities are no weights
         raise not_finite(stored, pair, "base")
     return Outcome(label, pair, "unchanged", pair.note, None, {**UNCHANGED, "base_norm": norm})
-
-
-def identical(one: Tensor, other: Tensor) -> bool:
-    """Whether two weights of one shape are the same, stored in the same dtype."""
-    if one.dtype != other.dtype:
-        return False
-    if one.dtype.itemsize == 1:  # torch compares no float8 tensor with itself
-        one, other = one.view(torch.uint8), other.view(torch.uint8)
-    return torch.equal(one, other)
-
-
-def _on(device: torch.device, weight: Tensor) -> Tensor:
-    """A stored weight on the device: as it is in a dtype that torch computes with, else in float32."""
-    return weight.to(device, torch.float32 if weight.dtype.itemsize == 1 else weight.dtype)
-
-
-def not_finite(weight: Tensor, pair: Pair, side: str) -> SpectraError:
-    """The sentence for a weight that holds NaN or infinite entries; side: "base" or "tuned"."""
-    if side == "base":
-        return _refused(weight, pair.matrix.tensor, pair.base.source)
-    return _refused(weight, pair.tuned_tensor, pair.tuned.source)
-
-
-def _refused(weight: Tensor, tensor: str, source: str) -> SpectraError:
-    return SpectraError(f"{tensor!r} in {source} holds {describe_not_finite(weight)}; save it again from a sound run")
 
 
 def bits(stored: Tensor, job: Job) -> str:

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.engines.loading import BaseMatrix, Group
 from spectra.engines.studying import Progress, opened, places, study
 from spectra.errors import SpectraError
 from spectra.jobs import CAN_FAIL, failed
 from spectra.labels import labelled
 from spectra.linalg.lowrank import LowRank
+from spectra.loading import BaseMatrix, Group
 from spectra.measures.subspaces import (
     Leading,
     angles_null,

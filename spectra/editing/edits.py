@@ -21,11 +21,11 @@ from spectra.editing.operations import (
     scaled_triplets,
     truncated,
 )
-from spectra.engines.loading import BaseMatrix
 from spectra.errors import SpectraError
 from spectra.linalg.lowrank import LowRank
 from spectra.linalg.svd import Spectrum
 from spectra.linalg.triplets import Triplets
+from spectra.loading import BaseMatrix
 from spectra.measures.familiarity import Familiarity, familiarity, tuned_triplets
 from spectra.pairing import Pair
 

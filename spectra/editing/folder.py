@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from spectra.atomic import replacing_folder
 from spectra.checkpoints import Checkpoint
 from spectra.checkpoints.huggingface_folder import INDEX, NOT_WEIGHTS, WEIGHT_ENDINGS
 from spectra.checkpoints.wording import listed, shown
@@ -125,28 +126,11 @@ def put_in_place(folder: Path) -> Iterator[Path]:
 
     Raises: SpectraError for what the operating system refuses (a full disk).
     """
-    made: Path | None = None
     try:
-        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        yield made
-        mask = os.umask(0)
-        os.umask(mask)
-        made.chmod(0o777 & ~mask)
-        earlier = made.with_name(made.name + ".earlier")
-        if folder.exists():
-            folder.rename(earlier)
-        try:
-            made.rename(folder)
-        except OSError:
-            if earlier.exists():
-                earlier.rename(folder)
-            raise
-        shutil.rmtree(earlier, ignore_errors=True)
+        with replacing_folder(folder) as made:
+            yield made
     except OSError as error:
         raise SpectraError(
             f"cannot write the edited checkpoint to {folder}: {error.strerror or error}; "
             "free some space or choose another folder"
         ) from error
-    finally:
-        if made is not None and made.exists():
-            shutil.rmtree(made, ignore_errors=True)

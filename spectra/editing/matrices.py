@@ -13,11 +13,11 @@ from spectra.cache import SpectrumCache
 from spectra.editing.adapter_files import rounded
 from spectra.editing.edits import Applied, Edit, Leaders, Mitigation, Subject
 from spectra.editing.operations import change_norm, norm
-from spectra.engines.loading import BaseMatrix, Group
 from spectra.errors import SpectraError
 from spectra.jobs import CAN_FAIL, failed
 from spectra.linalg.lowrank import LowRank
 from spectra.linalg.products import matmul
+from spectra.loading import BaseMatrix, Group
 from spectra.pairing import Pair
 
 SAME = 0.5  # |cosine| from which on a direction counts as one that was there before

@@ -23,9 +23,9 @@ from spectra.editing.placing import joined, rows_of
 from spectra.editing.selecting import of_layers, vectors_beside
 from spectra.engines import local
 from spectra.engines.devices import ieee_products
-from spectra.engines.loading import grouped
 from spectra.engines.studying import Opened, Places, Progress, opened, places
 from spectra.linalg.lowrank import LowRank
+from spectra.loading import grouped
 from spectra.pairing import Pairing
 
 if TYPE_CHECKING:

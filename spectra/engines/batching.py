@@ -23,13 +23,12 @@ from spectra.jobs import (
     bits,
     compared,
     failed,
-    identical,
-    not_finite,
     shared,
     unchanged,
 )
 from spectra.linalg.batched import is_small, spectra
 from spectra.linalg.lapack import LapackError
+from spectra.loading import identical, not_finite
 from spectra.measures.stack import STACKS, measure_stack
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from spectra.cache import SpectrumCache
 from spectra.checkpoints import Adapter, Checkpoint, fingerprint, open_checkpoint
 from spectra.engines import local
 from spectra.engines.devices import ieee_products, named_devices, spread
-from spectra.engines.loading import Group, grouped, in_reading_order
 from spectra.errors import SpectraError
+from spectra.loading import Group, grouped, in_reading_order
 from spectra.pairing import Pairing, pair
 
 Found = TypeVar("Found")

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectra.atomic import replacing
+from spectra.atomic import replacing, replacing_folder
 from spectra.errors import SpectraError
-from spectra.lora.peft_folder import replacing_folder
 from spectra.lora.record import adapted_layers, attachment
 
 TORCH, SAFE = (".pt", ".pth", ".bin"), ".safetensors"

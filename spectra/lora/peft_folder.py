@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectra.atomic import replacing_folder
 from spectra.checkpoints import Adapter, open_checkpoint
 from spectra.errors import SpectraError
 from spectra.linalg.lowrank import LowRank
@@ -152,30 +150,3 @@ def _check(folder: Path, factors: Mapping[str, LowRank]) -> None:
         same = torch.equal(read.A, written.A) and torch.equal(read.B, written.B)
         if not (same and isclose(read.c, written.c, rel_tol=1e-12)):
             raise SpectraError(f"the factors of {module!r} read back otherwise than they were written; check the disk")
-
-
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder` that takes its place when the block ends well, and else vanishes.
-
-    A folder cannot be replaced in one step: the old one is moved aside first, and back where the second step fails.
-    """
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    old = temporary.with_name(f"{temporary.name}.old")
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            temporary.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

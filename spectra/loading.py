@@ -10,7 +10,6 @@ from torch import Tensor
 
 from spectra.cache import SpectrumCache
 from spectra.errors import SpectraError
-from spectra.jobs import identical, not_finite
 from spectra.linalg.lowrank import LowRank
 from spectra.linalg.svd import NotFiniteError, Spectrum, describe_not_finite, svd
 from spectra.matrices import Matrix
@@ -61,8 +60,13 @@ class BaseMatrix:
         """W (m x n) as the numerics take it: float32, or float64 where it is stored so."""
         return self._placed(self.stored)
 
+    @property
+    def narrow_weight(self) -> Tensor:
+        """W (m x n) no wider than it is stored."""
+        return narrow(self.stored, self.device)
+
     def spectrum(self, dtype: torch.dtype) -> Spectrum:
-        """The spectrum of W with vectors of `dtype`, from the cache where there is one."""
+        """The spectrum of W with vectors of `dtype`, decomposed once for each: no row depends on what else is asked."""
         if dtype not in self._spectra:
             try:
                 self._spectra[dtype] = self._decomposed(dtype)
@@ -90,8 +94,8 @@ class BaseMatrix:
 
     def _decomposed(self, dtype: torch.dtype) -> Spectrum:
         if self.cache is None:
-            return svd(self.weight, dtype)
-        found = self.cache.spectrum(self.stored.cpu(), dtype, lambda: svd(self.weight, dtype))
+            return svd(self.narrow_weight, dtype)
+        found = self.cache.spectrum(self.stored.cpu(), dtype, lambda: svd(self.narrow_weight, dtype))
         U, S, V = (X.to(self.device) for X in (found.U, found.S, found.V))
         return Spectrum(U, S, V, found.algorithm)
 
@@ -107,3 +111,29 @@ def in_reading_order(groups: Sequence[Group], pairings: Mapping[str, Pairing]) -
         for index, (label, pair) in enumerate(group.pairs)
     }
     return [places[label, pair.matrix.name] for label, pairing in pairings.items() for pair in pairing.pairs]
+
+
+def identical(one: Tensor, other: Tensor) -> bool:
+    """Whether two weights of one shape are the same, stored in the same dtype."""
+    if one.dtype != other.dtype:
+        return False
+    if one.dtype.itemsize == 1:  # torch compares no float8 tensor with itself
+        one, other = one.view(torch.uint8), other.view(torch.uint8)
+    return torch.equal(one, other)
+
+
+def narrow(weight: Tensor, device: torch.device) -> Tensor:
+    """A stored weight on the device: as it is in a dtype that torch computes with, else in float32."""
+    return weight.to(device, torch.float32 if weight.dtype.itemsize == 1 else weight.dtype)
+
+
+def not_finite(weight: Tensor, pair: Pair, side: str) -> SpectraError:
+    """The sentence for a weight that holds NaN or infinite entries; side: "base" or "tuned"."""
+    if side == "base":
+        return refused(weight, pair.matrix.tensor, pair.base.source)
+    return refused(weight, pair.tuned_tensor, pair.tuned.source)
+
+
+def refused(weight: Tensor, tensor: str, source: str) -> SpectraError:
+    """The sentence for a tensor of a source that holds NaN or infinite entries."""
+    return SpectraError(f"{tensor!r} in {source} holds {describe_not_finite(weight)}; save it again from a sound run")
