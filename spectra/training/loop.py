@@ -49,7 +49,8 @@ class Position:
 class Loop:
     """A run that is ready to go: everything is on its device, and `model` is the task's, wrapped by accelerate.
 
-    `retained` are tasks that are only watched, by the names of their lines in the journal.
+    `retained` are tasks that are only watched, by the names of their lines in the journal. `keep` writes what is
+    trained, at the steps that settings.keep_every names.
     """
 
     settings: TrainSettings
@@ -62,6 +63,7 @@ class Loop:
     steps: int
     fingerprint: str
     progress: Progress | None = None
+    keep: Callable[[int], None] | None = None
     position: Position = field(default_factory=Position)
 
     def run(self, journal: Journal | None, stop: Callable[[], bool] = lambda: False) -> None:
@@ -109,12 +111,16 @@ class Loop:
             last_loss, position.step, position.seconds = mean, step, time.perf_counter() - started
             line = {"loss": mean, "learning_rate": rate, "gradient_norm": norm if isfinite(norm) else None}
             self._write(journal, "train", line)
-            if step == self.steps or (settings.evaluate_every and step % settings.evaluate_every == 0):
+            keeping = settings.keep_every and _is_due(step, settings.keep_every, self.steps)
+            if keeping or _is_due(step, settings.evaluate_every, self.steps):
                 self._look(journal, started)
             stopping = bool(self._sum(torch.tensor(float(stop()))).item())  # one process that is asked stops all
-            if step == self.steps or stopping or (settings.save_every and step % settings.save_every == 0):
-                if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
-                    raise self._diverged(step, rate, "a weight became infinite or NaN", last_loss)
+            saving = stopping or _is_due(step, settings.save_every, self.steps)
+            if (saving or keeping) and not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
+                raise self._diverged(step, rate, "a weight became infinite or NaN", last_loss)
+            if keeping and self.keep is not None and journal is not None:
+                self.keep(step)
+            if saving:
                 self._save(journal)
             if self.progress:
                 self.progress(step, self.steps, f"loss {mean:.3f}")
@@ -209,6 +215,11 @@ class Loop:
             f"{what} at step {step} (learning rate {rate:.3g}, last finite loss "
             f"{before}); {kept}; lower optimiser.learning_rate, or set optimiser.clip"
         )
+
+
+def _is_due(step: int, every: int | None, steps: int) -> bool:
+    """Whether something that is done every so often, and after the last step, is done after this one."""
+    return step == steps or bool(every and step % every == 0)
 
 
 def _train_mode(model: nn.Module) -> None:

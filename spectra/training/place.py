@@ -1,4 +1,4 @@
-"""The folder of a run: whether it may be written, and whether what is in it is to be gone on with."""
+"""The folder of a run: what lies where, whether it may be written, and whether it is to be gone on with."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from spectra.training.journal import METRICS
 from spectra.training.run import ADAPTER, COMPARISON, MODEL, SUMMARY
 from spectra.training.settings import SETTINGS, TrainSettings
 from spectra.training.state import STATE
+
+KEPT = "step-"
+
+
+def kept_folder(folder: Path, step: int) -> Path:
+    """Where a run keeps what is trained as it stood after a step."""
+    return folder / f"{KEPT}{step}"
 
 
 def check(folder: Path, settings: TrainSettings, *, resume: bool, force: bool) -> None:
@@ -65,5 +72,5 @@ def _clear(folder: Path) -> None:
     """Take away what a run writes, and nothing else."""
     for name in (SUMMARY, STATE, METRICS, SETTINGS):
         (folder / name).unlink(missing_ok=True)
-    for name in (ADAPTER, MODEL, COMPARISON):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    for place in (*(folder / name for name in (ADAPTER, MODEL, COMPARISON)), *folder.glob(f"{KEPT}[0-9]*")):
+        shutil.rmtree(place, ignore_errors=True)

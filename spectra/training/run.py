@@ -29,7 +29,8 @@ class Run:
     """What a run left in its folder.
 
     Attributes:
-        folder: with settings.json, metrics.jsonl, summary.json, `adapter/` or `model/`, and `comparison/`.
+        folder: with settings.json, metrics.jsonl, summary.json, `adapter/` or `model/`, `comparison/`, and a `step-N/`
+            for every step that `keep_every` kept.
         settings: what was run.   summary: see `spectra.training.train`.
         model: the trained module with its new head, as long as the run is in memory; None after `load_run`.
     """

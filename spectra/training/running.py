@@ -25,9 +25,9 @@ from spectra.training.journal import Journal, read_lines
 from spectra.training.loop import Loop, Progress, TrainingInterrupted
 from spectra.training.methods import METHODS, Preparation, adapter_config, full, head, method_named
 from spectra.training.optimising import make_optimiser, steps_in_all
-from spectra.training.place import check, claim
+from spectra.training.place import check, claim, kept_folder
 from spectra.training.run import COMPARISON, SUMMARY, Run, load_run
-from spectra.training.saving import save_result
+from spectra.training.saving import save_result, save_trained
 from spectra.training.settings import TrainSettings
 from spectra.training.state import STATE, fingerprint, load_state, seeded
 from spectra.training.stopping import wish_to_stop
@@ -165,7 +165,11 @@ def _ready(
     if settings.trackers:
         accelerator.init_trackers("spectra", config={"seed": settings.seed, "method": settings.method.name})
     task = built.task.called_through(model)
-    return Loop(settings, folder, accelerator, task, wrapped, optimiser, built.retained, steps, mark, progress=progress)
+    is_adapter = method_named(settings.method.name) not in (full, head)
+    return Loop(
+        settings, folder, accelerator, task, wrapped, optimiser, built.retained, steps, mark, progress=progress,
+        keep=lambda step: save_trained(kept_folder(folder, step), built.task, model, is_adapter),
+    )  # fmt: skip
 
 
 def _train(loop: Loop, saved: Mapping[str, Any] | None) -> None:

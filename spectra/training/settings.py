@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from spectra.errors import SpectraError
 from spectra.training.misspelt import closest
+from spectra.training.settings_file import read_settings
 
 TaskKind = Literal["text-classification", "image-classification", "causal-lm", "masked-lm", "custom"]
 
@@ -130,9 +129,10 @@ class TrainSettings:
     """A run. `out` is its folder; two runs of equal settings, but for `out` and what only says how, are one run.
 
     evaluate_every, save_every: in steps; None evaluates before and after only, and saves at the end only (and on
-    Ctrl-C).   device: "auto", "cpu", "cuda", "cuda:1", "mps".   precision: of the forward pass ("no", "bf16", "fp16").
-    compare: whether base and result are compared at the end.   cache: a folder of base spectra, as of `compare`.
-    trackers: names that `accelerate` knows ("tensorboard", "wandb").
+    Ctrl-C).   keep_every: in steps; what is trained is scored and kept in a folder `step-N`, at the end too, for
+    `spectra compare BASE step-* --sequence`.   device: "auto", "cpu", "cuda", "cuda:1", "mps".   precision: of the
+    forward pass ("no", "bf16", "fp16").   compare: whether base and result are compared at the end.   cache: a folder
+    of base spectra, as of `compare`.   trackers: names that `accelerate` knows ("tensorboard", "wandb").
     """
 
     model: ModelSettings = ModelSettings()
@@ -145,6 +145,7 @@ class TrainSettings:
     out: str | None = None
     evaluate_every: int | None = None
     save_every: int | None = None
+    keep_every: int | None = None
     evaluation_batch_size: int = 64
     device: str = "auto"
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -155,16 +156,7 @@ class TrainSettings:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> TrainSettings:
         """Read a TOML file (or the settings.json of a run). Raises `SpectraError` naming the key that is wrong."""
-        file = Path(path)
-        try:
-            text = file.read_text(encoding="utf-8")
-            mapping = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise SpectraError(f"the settings {file} cannot be read: {reason}; give a TOML file") from error
-        except ValueError as error:
-            raise SpectraError(f"{file} is not valid TOML: {error}") from error
-        return cls.from_mapping(mapping, str(file))
+        return cls.from_mapping(read_settings(path), str(path))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str = "the settings") -> TrainSettings:
@@ -241,6 +233,7 @@ class TrainSettings:
             "data.holdout": (self.data.holdout, 0),
             "evaluate_every": (self.evaluate_every, 1),
             "save_every": (self.save_every, 1),
+            "keep_every": (self.keep_every, 1),
             "evaluation_batch_size": (self.evaluation_batch_size, 1),
         }
         for key, (value, bound) in least.items():

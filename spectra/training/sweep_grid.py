@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from spectra.errors import SpectraError
 from spectra.training.methods import adapter_config, full, head, method_named
 from spectra.training.misspelt import closest
 from spectra.training.settings import TrainSettings
+from spectra.training.settings_file import read_settings
 
 # What the grid decides of a run's settings; the rest is the same in all runs of a sweep.
 DECIDED = {"method.name", "method.position", "method.start", "optimiser.learning_rate", "seed"}
@@ -185,14 +184,7 @@ def read_sweep_file(path: str | PathLike[str]) -> tuple[TrainSettings, Grid | No
 
     Returns: None for the grid where there is no such table.   Raises: SpectraError naming the key that is wrong.
     """
-    file = Path(path)
-    try:
-        mapping = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SpectraError(f"the settings {file} cannot be read: {reason}; give a TOML file") from error
-    except tomllib.TOMLDecodeError as error:
-        raise SpectraError(f"{file} is not valid TOML: {error}") from error
+    mapping = read_settings(path)
     grid = mapping.pop("sweep", None)
-    settings = TrainSettings.from_mapping(mapping, str(file))
-    return settings, None if grid is None else Grid.from_mapping(grid, str(file))
+    settings = TrainSettings.from_mapping(mapping, str(path))
+    return settings, None if grid is None else Grid.from_mapping(grid, str(path))

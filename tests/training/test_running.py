@@ -18,6 +18,7 @@ from torch import nn
 import spectra
 from spectra import SpectraError
 from spectra.lora import merge
+from spectra.report.sequence_scores import scores_beside
 from spectra.training import METHODS, Run, Task, TensorExamples, TrainingInterrupted, load_run, train
 from spectra.training.building import build
 from spectra.training.examples import in_turn
@@ -373,3 +374,46 @@ run_small(Path(sys.argv[1]), {"device": "cpu", "optimiser": {"steps": 3}}, still
     assert two.metrics.loss.tolist() == pytest.approx(one.metrics.loss.tolist(), rel=1e-5)
     a, b = weights(one), weights(two)
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+@pytest.mark.parametrize("name", ["slice", "full"])
+def test_kept_steps_are_the_run_as_it_then_stood(tmp_path: Path, name: str) -> None:
+    optimiser = {"schedule": "constant", "warmup": 0.0}
+    changes = {"method": method_settings(name), "keep_every": 5, "optimiser": optimiser}
+    run = run_small(tmp_path / "run", changes, still=True)
+    kept = sorted(path.name for path in run.folder.glob("step-*"))
+    assert kept == ["step-10", "step-12", "step-5"]
+    scored = run.metrics.query("split == 'test'")["step"].tolist()
+    assert scored == [0, 5, 10, 12]
+    base = {f"body.{key}": value for key, value in make_base().state_dict().items()}
+    tuned = {path.name: path for path in (run.folder / "step-5", run.folder / "step-12")}
+    layers = spectra.compare(base, tuned).layers.set_index(["tuned", "name"])["relative_update"]
+    # At a constant rate, a shorter run of the same seed is the beginning of a longer one.
+    short = run_small(tmp_path / "short", {**changes, "optimiser": {**optimiser, "steps": 5}}, still=True)
+    for folder, other in ((run.folder / "step-12", run.result), (run.folder / "step-5", short.result)):
+        file = "model.safetensors" if name == "full" else "adapter_model.safetensors"
+        assert (folder / file).read_bytes() == (other / file).read_bytes()
+    assert layers["step-5", "body.fc1.weight"] < layers["step-12", "body.fc1.weight"]
+    assert not list(run_small(run.folder, {**changes, "keep_every": None}, force=True).folder.glob("step-*"))
+
+
+def test_kept_steps_survive_a_kill_and_make_a_sequence(tmp_path: Path) -> None:
+    def progress(step: int, steps: int, word: str) -> None:
+        if step == 7:
+            raise _Enough
+
+    changes = {"keep_every": 3, "save_every": 2}
+    with pytest.raises(_Enough):
+        run_small(tmp_path / "parts", changes, progress=progress)
+    parts, whole = run_small(tmp_path / "parts", changes, resume=True), run_small(tmp_path / "whole", changes)
+    for step in (3, 6, 9, 12):
+        files = (run.folder / f"step-{step}" / "adapter_model.safetensors" for run in (parts, whole))
+        one, other = (file.read_bytes() for file in files)
+        assert one == other
+    base = {f"body.{key}": value for key, value in make_base().state_dict().items()}
+    tuned = {path.name: path for path in whole.folder.glob("step-*")}
+    scores, _ = scores_beside({name: str(path) for name, path in tuned.items()})
+    metrics = whole.metrics.set_index(["split", "step"])["score"]
+    assert scores["step-6"]["score"] == metrics["test", 6]
+    assert scores["step-6"]["forgetting"] == pytest.approx(metrics["old", 0] - metrics["old", 6])
+    assert set(spectra.compare(base, tuned).layers["tuned"]) == set(tuned)
