@@ -17,6 +17,7 @@ from spectra.errors import SpectraError  # noqa: E402
 from . import (  # noqa: E402
     cache,
     compare,
+    continual,
     covariance,
     define,
     demo,
@@ -40,8 +41,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for _command in (
-    compare, covariance, intruders, overlap, inspect, report, extract, mitigate, edit, train, sweep, cache, define,
-    demo,
+    compare, covariance, intruders, overlap, inspect, report, extract, mitigate, edit, train, sweep, continual, cache,
+    define, demo,
 ):  # fmt: skip
     _command.register(app)
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spectra.training.continual_file import read_continual_file
     from spectra.training.continual_result import Continual, load_continual
     from spectra.training.continual_running import continual
     from spectra.training.examples import Examples, TensorExamples
@@ -40,6 +41,7 @@ __all__ = [
     "load_continual",
     "load_run",
     "load_sweep",
+    "read_continual_file",
     "read_sweep_file",
     "step_size_factor",
     "sweep",
@@ -64,6 +66,7 @@ _HOMES = {
     "load_continual": "continual_result",
     "load_run": "run",
     "load_sweep": "sweep_result",
+    "read_continual_file": "continual_file",
     "read_sweep_file": "sweep_grid",
     "step_size_factor": "sweep_matching",
     "sweep": "sweep_running",

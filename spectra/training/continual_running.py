@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from spectra.training.loop import Progress
 
 STAGE, BODY, HEAD, RUN = "stage.json", "body.safetensors", "head.safetensors", "run"
+_SHARED = {"model", "retain", "out"}  # settings that a task cannot have for itself
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def _stage(
     place = folder / f"{number}-{name}"
     own: dict[str, Any] = {"out": str(place / RUN)}
     for key, value in given.items() if isinstance(given, Mapping) else ():
+        if key in _SHARED:
+            raise SpectraError(f"the task {name!r} has its own {key}; all tasks share one, give it beside them")
         own |= {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, Mapping) else {key: value}
     make = None if isinstance(given, Mapping) else given
     return _Stage(number, name, settings.changed(own, f"the task {name!r}"), make, place)
