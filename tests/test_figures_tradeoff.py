@@ -85,8 +85,8 @@ def test_a_small_experiment_learns_forgets_and_is_drawn(
     # From the table alone, as it is kept beside the script.
     file = tmp_path / "tradeoff.csv"
     table.to_csv(file, index=False, float_format="%.6g")
-    read = pd.read_csv(file)
-    script.write({"tradeoff": script.panels(read, 1e-2), "tradeoff_pareto": script.pareto(read)}, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tradeoff.py", "--out", str(tmp_path)])
+    script.main()
     assert {path.name for path in tmp_path.glob("tradeoff*.p*")} == {
         f"{name}.{ending}" for name in ("tradeoff", "tradeoff_pareto") for ending in ("pdf", "png")
     }
