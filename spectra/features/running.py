@@ -103,7 +103,15 @@ def _run_one(each: Pass, capture: Capture, batch: Any, number: int, forward: For
             f"{each.side} model ({stream} takes in {shape}); return one number per vector, or None"
         )
     if each.on_output:
-        each.on_output(output, batch)
+        try:
+            each.on_output(output, batch)
+        except SpectraError:
+            raise
+        except Exception as error:
+            raise SpectraError(
+                f"the output of the {each.side} model on batch {number} cannot be measured ({type(error).__name__}: "
+                f"{error}); return a tensor of logits or features with `forward`"
+            ) from error
 
 
 def call(model: nn.Module, batch: Any) -> Any:
