@@ -128,9 +128,9 @@ def finish_shift(
 def _save_shift(result: CovarianceShift, folder: Path, pictures: bool, matrices: tuple[str, ...]) -> None:
     """Write tables, then pictures. Without them, those of another shift in the folder are cleared away."""
     from spectra.report.shift_plots import FOLDER, close_ups, save_shift_pictures
-    from spectra.shift import PROVENANCE
+    from spectra.shift import KIND
 
-    there = folder / PROVENANCE
+    there = folder / KIND.provenance
     before = there.read_bytes() if there.exists() else b""
     result.save(folder, (*matrices, *close_ups(result)) if pictures else matrices)
     if not pictures and there.read_bytes() != before:

@@ -33,9 +33,9 @@ def report(
     Results of a comparison, a covariance shift, intruders and overlaps are shown, one after the other where the folder
     holds several. As JSON, those then stand under `covariance_shift`, `intruders` and `overlap`.
     """
-    from spectra.shift import PROVENANCE
+    from spectra.shift import KIND
 
-    files = {"covariance_shift": PROVENANCE, "intruders": "intruders.json", "overlap": "overlap.json"}
+    files = {"covariance_shift": KIND.provenance, "intruders": "intruders.json", "overlap": "overlap.json"}
     there = [kind for kind, file in files.items() if (folder / file).exists()]
     has_comparison = not there or (folder / "comparison.json").exists()
     options = _Options(folder, top, pictures, as_json, alone=len(there) + has_comparison == 1)

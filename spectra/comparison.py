@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectra.atomic import replacing
 from spectra.errors import SpectraError
+from spectra.tables_on_disk import Kind, load_tables, save_tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,9 +18,8 @@ if TYPE_CHECKING:
     from spectra.report.plots import Plots
     from spectra.shift import CovarianceShift
 
-FORMAT = 1
+KIND = Kind("comparison", "compare", "comparison.json", "")
 TABLES = ("layers", "components", "slices", "unmatched")
-PROVENANCE = "comparison.json"
 SAME_BASE = 3e-3  # relative: more than storing the base as bfloat16 moves
 SAME_UPDATE = 0.1
 NULLABLE = {"samples": "Int64", "directions": "Int64", "centred": "boolean"}  # of a shift, missing on rows without one
@@ -176,21 +174,7 @@ class Comparison:
         >>> again.layers.equals(result.layers)
         True
         """
-        target = Path(folder)
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            for table in TABLES:
-                with replacing(target / f"{table}.parquet") as path:
-                    getattr(self, table).to_parquet(path, index=False)
-            with replacing(target / PROVENANCE) as path:
-                text = json.dumps({"format": FORMAT, **self.provenance}, indent=2, default=str)
-                path.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise SpectraError(
-                f"cannot write the comparison into {target}: {error.strerror or error}; "
-                "free some space or choose another folder"
-            ) from error
-        return target
+        return save_tables(folder, KIND, {name: getattr(self, name) for name in TABLES}, self.provenance)
 
 
 def _check_same_models(comparison: Comparison, shift: CovarianceShift, label: str) -> None:
@@ -268,24 +252,5 @@ def load(folder: str | os.PathLike[str]) -> Comparison:
 
     Raises `SpectraError` where `folder` holds no comparison or one of a later format.
     """
-    import pandas as pd
-
-    source = Path(folder)
-    try:
-        provenance = json.loads((source / PROVENANCE).read_text(encoding="utf-8"))
-        if not isinstance(provenance, dict) or provenance.pop("format", None) != FORMAT:
-            raise SpectraError(
-                f"{source / PROVENANCE} is not of format {FORMAT}, which this version of spectra reads; "
-                "run `spectra compare` again"
-            )
-        tables = {table: pd.read_parquet(source / f"{table}.parquet") for table in TABLES}
-    except FileNotFoundError as error:
-        raise SpectraError(
-            f"{source} holds no saved comparison ({Path(str(error.filename)).name} is missing); "
-            "give the folder that `spectra compare --out` wrote"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise SpectraError(
-            f"the comparison in {source} cannot be read: {error}; run `spectra compare` again"
-        ) from error
+    tables, provenance = load_tables(folder, KIND, TABLES)
     return Comparison(**tables, provenance=provenance)

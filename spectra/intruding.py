@@ -18,7 +18,7 @@ from spectra.linalg.lowrank import LowRank
 from spectra.loading import BaseMatrix, Group
 from spectra.measures.familiarity import CLUSTER_GAP, Familiarity, Side, familiarity, tuned_triplets
 from spectra.pairing import Pair
-from spectra.report.tables_on_disk import load_tables, save_tables
+from spectra.tables_on_disk import Kind, load_tables, save_tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Source = Any  # a path, a hub id, a state dict, an nn.Module, or an open Checkpoint
 
-KIND = "intruders"
+KIND = Kind("intruders", "intruders", "intruders.json", "intruders_")
 TABLES = ("triplets", "matrices", "unmatched")
 SIDES: dict[str, tuple[Side, ...]] = {"left": ("left",), "right": ("right",), "both": ("left", "right")}
 TRIPLETS = (

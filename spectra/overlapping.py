@@ -30,7 +30,7 @@ from spectra.measures.subspaces import (
     products,
 )
 from spectra.pairing import Pair
-from spectra.report.tables_on_disk import load_tables, save_tables
+from spectra.tables_on_disk import Kind, load_tables, save_tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 Source = Any  # a path, a hub id, a state dict, an nn.Module, or an open Checkpoint
 
-KIND = "overlap"
+KIND = Kind("overlap", "overlap", "overlap.json", "overlap_")
 TABLES = ("matrices", "grids", "unmatched")
 BASE = "base"
 OF_SIDE = ("overlap", "overlap_null", "smallest_angle", "largest_angle", "smallest_angle_null", "largest_angle_null")

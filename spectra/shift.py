@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spectra.atomic import replacing
 from spectra.errors import SpectraError
+from spectra.tables_on_disk import Kind, load_tables, save_tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,9 +23,8 @@ if TYPE_CHECKING:
 
     from spectra.report.shift_plots import ShiftPlots
 
-FORMAT = 1
+KIND = Kind("covariance shift", "covariance", "covariance_shift.json", "shift_")
 TABLES = ("layers", "components", "slices", "unmatched", "functional")
-PROVENANCE = "covariance_shift.json"
 MATRICES = "shift_matrices"
 
 Part = Literal["total", "own", "inherited"]
@@ -58,7 +56,7 @@ class KeptMatrices:
         parts = {"own": own} if inherited is None else {"own": own, "inherited": inherited}
         file = f"{len(self.files):05d}.safetensors"
         self.files[name] = file  # named first: several threads keep matrices at once
-        with _writable(self.folder), replacing(self.folder / file) as path:
+        with KIND.writing(self.folder), replacing(self.folder / file) as path:
             save_file({part: X.cpu().contiguous() for part, X in parts.items()}, path)
 
     def read(self, name: str) -> dict[str, Tensor]:
@@ -193,15 +191,11 @@ class CovarianceShift:
         patterns = [matrices] if isinstance(matrices, str) else list(matrices)
         kept = self.matrices.files if self.matrices else {}
         chosen = [name for name in kept if any(_matches(name, pattern) for pattern in patterns)]
-        with _writable(target):
-            target.mkdir(parents=True, exist_ok=True)
-            for table in TABLES:
-                with replacing(target / f"shift_{table}.parquet") as path:
-                    getattr(self, table).to_parquet(path, index=False)
+        with KIND.writing(target):
             files = self.matrices.copy(target / MATRICES, chosen) if self.matrices and chosen else {}
-            with replacing(target / PROVENANCE) as path:
-                text = json.dumps({"format": FORMAT, **self.provenance, "matrices": files}, indent=2, default=str)
-                path.write_text(text + "\n", encoding="utf-8")
+        tables = {name: getattr(self, name) for name in TABLES}
+        save_tables(target, KIND, tables, {**self.provenance, "matrices": files})
+        with KIND.writing(target):
             for earlier in (target / MATRICES).glob("*.safetensors"):
                 if earlier.name not in files.values():
                     earlier.unlink()
@@ -213,40 +207,9 @@ class CovarianceShift:
 
         Raises `SpectraError` where `folder` holds none, or one of a later format.
         """
-        import pandas as pd
-
-        source = Path(folder)
-        try:
-            provenance = json.loads((source / PROVENANCE).read_text(encoding="utf-8"))
-            if not isinstance(provenance, dict) or provenance.pop("format", None) != FORMAT:
-                raise SpectraError(
-                    f"{source / PROVENANCE} is not of format {FORMAT}, which this version of spectra reads; "
-                    "run `spectra covariance` again"
-                )
-            tables = {table: pd.read_parquet(source / f"shift_{table}.parquet") for table in TABLES}
-        except FileNotFoundError as error:
-            raise SpectraError(
-                f"{source} holds no saved covariance shift ({Path(str(error.filename)).name} is missing); "
-                "give the folder that `spectra covariance --out` wrote"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise SpectraError(
-                f"the covariance shift in {source} cannot be read: {error}; run `spectra covariance` again"
-            ) from error
+        tables, provenance = load_tables(folder, KIND, TABLES)
         files = provenance.pop("matrices", {})
-        return cls(**tables, provenance=provenance, matrices=KeptMatrices(source / MATRICES, files))
-
-
-@contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Turn an `OSError` while writing into a sentence that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise SpectraError(
-            f"cannot write the covariance shift into {folder}: {error.strerror or error}; "
-            "free some space or choose another folder"
-        ) from error
+        return cls(**tables, provenance=provenance, matrices=KeptMatrices(Path(folder) / MATRICES, files))
 
 
 def _matches(name: str, pattern: str) -> bool:

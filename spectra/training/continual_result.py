@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectra.report.tables_on_disk import load_tables, save_tables
+from spectra.tables_on_disk import Kind, load_tables, save_tables
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from spectra.training.continual_plots import ContinualPlots
 
-KIND = "continual"
+KIND = Kind("sequence of tasks", "continual", "continual.json", "continual_")
 TABLES = ("evaluations", "drift")
 NEW, RETAINED = "new", "retained"
 

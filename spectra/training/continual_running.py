@@ -263,9 +263,7 @@ def _check_folder(folder: Path, mark: str, resume: bool) -> None:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / f"{KIND}.json").exists():
-            if any(not path.name.startswith((".", KIND)) for path in folder.iterdir()):  # but for what a kill left
-                raise SpectraError(f"{folder} holds files that are no sequence of tasks; choose another folder")
+        if not KIND.begun_in(folder):
             return
     except OSError as error:
         raise SpectraError(f"cannot write into {folder}: {error.strerror or error}; choose another folder") from error

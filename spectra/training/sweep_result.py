@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.report import summary
-from spectra.report.tables_on_disk import load_tables, save_tables
+from spectra.tables_on_disk import Kind, load_tables, save_tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spectra.comparison import Comparison
     from spectra.report.tradeoff_plots import SweepPlots
 
-KIND = "sweep"
+KIND = Kind("sweep", "sweep", "sweep.json", "sweep_")
 
 # Every column with its type; missing values are allowed in all of them. `spectra define COLUMN` says what they are.
 COLUMNS: Mapping[str, str] = {

@@ -267,9 +267,7 @@ def _check_folder(folder: Path, settings: TrainSettings, base: str | None, resum
     """Make the folder. Raises: SpectraError where it is not this sweep's."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / f"{KIND}.json").exists():
-            if any(not path.name.startswith((".", KIND)) for path in folder.iterdir()):  # but for what a kill left
-                raise SpectraError(f"{folder} holds files that are no sweep; choose another folder")
+        if not KIND.begun_in(folder):
             return
     except OSError as error:
         raise SpectraError(f"cannot write into {folder}: {error.strerror or error}; choose another folder") from error
