@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from spectra_cli.app import app
 from typer.testing import CliRunner, Result
 
 from spectra.errors import SpectraError
 from spectra.training import load_continual
-from spectra_cli.app import app
 
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
