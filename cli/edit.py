@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from spectra.errors import SpectraError
 
-from .options import AsJson, Exclude, Include, Quiet, Transposed, Workers
+from .options import AsJson, Base, Cache, Exclude, ForceEdit, Include, OutEdit, Quiet, Transposed, TunedOne, Workers
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -38,9 +37,9 @@ def register(app: typer.Typer) -> None:
 
 
 def edit(
-    base: Annotated[str, typer.Argument(help="The base: a checkpoint file, a model folder, or a cached hub id.")],
-    tuned: Annotated[str, typer.Argument(help="The tuned model, or a PEFT adapter folder of the base.")],
-    out: Annotated[Path, typer.Option(help="The folder to write, in the tuned one's own format.")],
+    base: Base,
+    tuned: TunedOne,
+    out: OutEdit,
     rank: Annotated[int | None, typer.Option(help="Cut each update to so many of its components.", min=1)] = None,
     energy: Annotated[
         float | None, typer.Option(help="Cut each update to the components that hold this share of its energy.")
@@ -62,8 +61,8 @@ def edit(
     transposed: Transposed = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     workers: Workers = None,
-    cache: Annotated[Path | None, typer.Option(help="Keep the base's spectra in this folder for later runs.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier edit left in the folder.")] = False,
+    cache: Cache = None,
+    force: ForceEdit = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

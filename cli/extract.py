@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from .options import AsJson, Exclude, Include, Quiet, Transposed, Workers
+from .options import AsJson, Base, Exclude, Include, Quiet, Transposed, Workers
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
 
 
 def extract(
-    base: Annotated[str, typer.Argument(help="The base: a checkpoint file, a model folder, or a cached hub id.")],
+    base: Base,
     tuned: Annotated[str, typer.Argument(help="The tuned model, merged into its base.")],
     out: Annotated[Path, typer.Option(help="The adapter's folder, for peft's PeftModel.from_pretrained.")],
     rank: Annotated[int | None, typer.Option(help="Truncate every update to at most this rank.", min=1)] = None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .options import AsJson, Exclude, Include, Quiet, Transposed, Workers
+from .options import AsJson, Base, Cache, Exclude, Include, Quiet, Transposed, Workers
 from .output import PICTURES, check_writable
 from .progress import progress_bar
 
@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def intruders(
-    base: Annotated[str, typer.Argument(help="The base: a checkpoint file, a model folder, or a cached hub id.")],
+    base: Base,
     tuned: Annotated[list[str], typer.Argument(help="One or more tuned checkpoints, or PEFT adapter folders.")],
     k: Annotated[int, typer.Option("--k", "-k", help="Leading directions of each tuned matrix.", min=1)] = 10,
     epsilon: Annotated[
@@ -51,7 +51,7 @@ def intruders(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, or several as cuda:0,cuda:1.")] = "auto",
     fast: Annotated[bool, typer.Option("--fast", help="Iterate the leading directions only.")] = False,
     workers: Workers = None,
-    cache: Annotated[Path | None, typer.Option(help="Keep the base's spectra in this folder for later runs.")] = None,
+    cache: Cache = None,
     out: Annotated[
         Path | None, typer.Option(help="Write tables, intruders.json and pictures into this folder.")
     ] = None,

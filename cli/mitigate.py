@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .edit import finish_edit
 from .intruders import Side
-from .options import AsJson, Exclude, Include, Quiet, Transposed, Workers
+from .options import AsJson, Base, Cache, Exclude, ForceEdit, Include, OutEdit, Quiet, Transposed, TunedOne, Workers
 from .progress import progress_bar
 
 
@@ -27,9 +26,9 @@ def register(app: typer.Typer) -> None:
 
 
 def mitigate(
-    base: Annotated[str, typer.Argument(help="The base: a checkpoint file, a model folder, or a cached hub id.")],
-    tuned: Annotated[str, typer.Argument(help="The tuned model, or a PEFT adapter folder of the base.")],
-    out: Annotated[Path, typer.Option(help="The folder to write, in the tuned one's own format.")],
+    base: Base,
+    tuned: TunedOne,
+    out: OutEdit,
     factor: Annotated[
         float, typer.Option("--lambda", help="What intruders' singular values are multiplied by: 1 none, 0 removed.")
     ] = 0.7,
@@ -52,8 +51,8 @@ def mitigate(
     transposed: Transposed = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     workers: Workers = None,
-    cache: Annotated[Path | None, typer.Option(help="Keep the base's spectra in this folder for later runs.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what an earlier edit left in the folder.")] = False,
+    cache: Cache = None,
+    force: ForceEdit = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .options import AsJson, Exclude, Include, Quiet, Transposed, Workers
+from .options import AsJson, Base, Exclude, Include, Quiet, Transposed, Workers
 from .output import PICTURES, check_writable
 from .progress import progress_bar
 
@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def overlap(
-    base: Annotated[str, typer.Argument(help="The base: a checkpoint file, a model folder, or a cached hub id.")],
+    base: Base,
     tuned: Annotated[list[str], typer.Argument(help="One or more tuned checkpoints, or PEFT adapter folders.")],
     i: Annotated[int, typer.Option("--i", "-i", help="Leading directions of the first of each pair.", min=1)] = 10,
     j: Annotated[int | None, typer.Option("--j", "-j", help="Those of the second; by default as many.", min=1)] = None,
