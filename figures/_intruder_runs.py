@@ -22,6 +22,7 @@ from spectra.training import Grid, Task, evaluate, sweep
 
 TARGETS = ("blocks.*.query", "blocks.*.key", "blocks.*.value", "blocks.*.proj", "blocks.*.fc1", "blocks.*.fc2")
 RANK, RATE, RATE_OF_FULL = 8, 1e-2, 1e-3  # of the runs that panels about something else are of
+MITIGATED = (("lora", 3e-3), ("lora", RATE), ("full", RATE_OF_FULL))  # LoRA at its best rate, and past it
 BLOCKS = ("*blocks.*",)  # what both LoRA and full fine-tuning change
 EPSILONS = tuple(hundredth / 100 for hundredth in range(0, 101, 2))
 
@@ -75,13 +76,13 @@ def train_and_mitigate(
         rows.append(runs.assign(**_of_blocks(folder, list(runs["run"]))))
         print(f"{name}: {len(found.runs)} runs after {time.perf_counter() - started:.0f} s", flush=True)
     for seed in sizes.seeds:
-        for method, rate in (("lora", RATE), ("full", RATE_OF_FULL)):
+        for method, rate in MITIGATED:
             run = work / "rates" / "runs" / f"{method}_lr-{rate:g}_seed-{seed}"
             before, after = new(copy.deepcopy(base)), _trained(new(copy.deepcopy(base)), run)
-            about = {"method": method, "seed": seed}
+            about = {"method": method, "learning_rate": rate, "seed": seed}
             counts.append(_thresholds(before.model, after.model).assign(**about))
             scores += [about | row for row in _mitigated(before, after, old["fashion"], sizes)]
-            print(f"mitigated {method}, seed {seed}", flush=True)
+            print(f"mitigated {method} at {rate:g}, seed {seed}", flush=True)
     return {
         "runs": pd.concat(rows, ignore_index=True),
         "thresholds": pd.concat(counts, ignore_index=True),

@@ -128,7 +128,8 @@ def trained(tables: dict[str, pd.DataFrame]) -> Figure:
     axes = figure.subplots(2, 3).ravel()
     thresholds = tables["thresholds"]
     for method, name, style in zip(("lora", "full"), names, LINES, strict=False):
-        means = thresholds[thresholds["method"] == method].groupby("epsilon")["intruders"].mean()
+        rows = thresholds[(thresholds["method"] == method) & thresholds["learning_rate"].isin((RATE, RATE_OF_FULL))]
+        means = rows.groupby("epsilon")["intruders"].mean()
         lines(axes[0], means.index, means, style, name, marked=False)
     axes[0].axvline(float(thresholds["cosine_null"].mean()), color=GREY, linestyle=":", label="random direction")
     panel(axes[0], "Against the threshold", r"threshold $\varepsilon$", "intruders in the blocks")
@@ -157,19 +158,22 @@ def trained(tables: dict[str, pd.DataFrame]) -> Figure:
 def causal(table: pd.DataFrame) -> Figure:
     """New-task score (above) and forgetting (below) against lambda, for LoRA and full, top intruder and all."""
     table = table.assign(forgetting=table["old_score_before"] - table["old_score"])
-    cases = [(method, which) for method in ("lora", "full") for which in ("top", "all")]
-    figure = new_figure(9.6, 5.0)
+    models = sorted({*zip(table["method"], table["learning_rate"], strict=True)}, key=lambda of: (of[0] != "lora", of))
+    cases = [(*model, which) for model in models for which in ("top", "all")]
+    figure = new_figure(2.2 * len(cases), 4.8)
     axes = figure.subplots(2, len(cases), sharex=True, sharey="row")
-    titles = {"top": "top intruder of each matrix", "all": "all intruders"}
-    for column, (method, which) in enumerate(cases):
-        rows = table[(table["method"] == method) & (table["which"] == which)]
+    titles = {"top": "top intruder", "all": "all intruders"}
+    for column, (method, rate, which) in enumerate(cases):
+        of_model = (table["method"] == method) & (table["learning_rate"] == rate)
+        rows = table[of_model & (table["which"] == which)]
         for row, quantity in enumerate(("score", "forgetting")):
             ax = axes[row, column]
             for control, name, style in ((False, "intruders scaled", LINES[0]), (True, "base directions", LINES[1])):
                 over(ax, rows[rows["control"] == control], "lambda", quantity, style, name)
             ax.axvline(1, color=GREY, linestyle=":", linewidth=1)
             words = {"score": "accuracy, MNIST", "forgetting": "lost accuracy, Fashion-MNIST"}[quantity]
-            title = f"{'LoRA' if method == 'lora' else 'Full'}: {titles[which]}" if row == 0 else ""
+            model = "LoRA" if method == "lora" else "Full"
+            title = f"{model} at {rate:g}: {titles[which]}" if row == 0 else ""
             panel(ax, title, r"$\lambda$" if row else "", "" if column else words, legend=False)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)

@@ -71,7 +71,7 @@ def test_ranks_are_of_every_block_matrix() -> None:
 
 def test_lambda_one_is_the_tuned_model_and_zero_takes_intruders_out() -> None:
     scores = table("lambda")
-    for _, rows in scores.groupby(["method", "seed"]):
+    for _, rows in scores.groupby(["method", "learning_rate", "seed"]):
         same = rows[rows["lambda"] == 1]
         assert same["score"].nunique() == same["old_score"].nunique() == 1
         assert (same["intruders_scaled"] == 0).all()
