@@ -48,7 +48,9 @@ def edit(
         Keep, typer.Option(help="Which components stay: the top ones, or as many others as a control.")
     ] = Keep.top,
     seed: Annotated[int, typer.Option(help="For --keep random.", min=0)] = 0,
-    scale: Annotated[float | None, typer.Option(help="Multiply each update: 0 is the base, 1 the tuned model.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Multiply each update, biases and norms too: 0 is the base, 1 the tuned one.")
+    ] = None,
     rewind: Annotated[bool, typer.Option("--rewind", help="Take weights back to the base.")] = False,
     components: Annotated[
         str | None, typer.Option(help="Rewind only what the update does to base components START:STOP.")
@@ -135,6 +137,8 @@ def _numbers(text: str, option: str) -> list[int]:
         first, dash, last = piece.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise SpectraError(f"{option} is {text!r}; give numbers and ranges, such as 0,5-7")
+        if int(last or first) < int(first):
+            raise SpectraError(f"{option} is {text!r}, and {piece.strip()!r} runs backwards; give {last}-{first}")
         found += range(int(first), int(last or first) + 1)
     return found
 
@@ -150,7 +154,7 @@ def finish_edit(result: Edited, *, as_json: bool, quiet: bool) -> None:
     if quiet:
         return
     console = Console(width=None if sys.stdout.isatty() else 200)  # in a pipe, names stay on one line
-    if result.changed:
+    if result.changed or (result.matrices["status"] == "failed").any():
         console.print(_table(result))
     for note in result.notes:
         console.print(note, markup=False, highlight=False)

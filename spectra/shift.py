@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spectra.atomic import replacing
 from spectra.errors import SpectraError
 from spectra.tables_on_disk import Kind, load_tables, save_tables
+from spectra.tensor_files import write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,13 +52,11 @@ class KeptMatrices:
 
     def keep(self, name: str, own: Tensor, inherited: Tensor | None) -> None:
         """Write the parts of one weight matrix's shift, (k, k) each; `inherited` None where there is none."""
-        from safetensors.torch import save_file
-
         parts = {"own": own} if inherited is None else {"own": own, "inherited": inherited}
         file = f"{len(self.files):05d}.safetensors"
         self.files[name] = file  # named first: several threads keep matrices at once
         with KIND.writing(self.folder), replacing(self.folder / file) as path:
-            save_file({part: X.cpu().contiguous() for part, X in parts.items()}, path)
+            write_tensors({part: X.cpu() for part, X in parts.items()}, path)
 
     def read(self, name: str) -> dict[str, Tensor]:
         """The parts that were kept of one weight matrix."""

@@ -19,6 +19,7 @@ from spectra.checkpoints.weights_file import open_weights_file
 from spectra.checkpoints.wording import quoted
 from spectra.errors import SpectraError
 from spectra.linalg.lowrank import LowRank
+from spectra.tensor_files import write_tensors, write_torch
 
 SLICES = "spectra_slices.json"  # what a slice's adapter started from, which no edited factors fit
 
@@ -113,12 +114,13 @@ def check_adapter(adapter: Adapter, updates: Mapping[str, LowRank], folder: Path
     if set(found.updates) != set(adapter.updates) or set(found) != set(adapter):
         raise SpectraError("the edited adapter read back with other tensors than were written; check the disk")
     for name, info in adapter.updates.items():
-        before, after = updates.get(name, None), found.update(name)
+        before, after = updates.get(name), found.update(name)
         if before is None:
             before = adapter.update(name)
-        elif before.rank == 0:
-            before = LowRank(before.B.new_zeros(info.shape[0], info.rank), adapter.update(name).A, before.c)
-        same = torch.equal(before.B.to(after.B.dtype), after.B) and torch.equal(before.A.to(after.A.dtype), after.A)
+        if before.rank == 0:  # stored as the factors that were there, one of them zero
+            same = after.rank == info.rank and not (after.A.any() and after.B.any())
+        else:
+            same = torch.equal(before.B.to(after.B.dtype), after.B) and torch.equal(before.A.to(after.A.dtype), after.A)
         if not (same and isclose(before.c, after.c, rel_tol=1e-12)):
             raise SpectraError(f"the factors for {quoted(name)} read back otherwise than written; check the disk")
 
@@ -130,8 +132,6 @@ def _whole(alpha: float) -> float | int:
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     if path.suffix != ".safetensors":
-        torch.save(dict(tensors), path)
-        return
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        write_torch(dict(tensors), path)
+    else:
+        write_tensors(tensors, path, metadata={"format": "pt"})

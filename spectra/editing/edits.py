@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -60,7 +60,13 @@ class Applied:
 
 
 class Edit(Protocol):
-    """An edit of any matrix."""
+    """An edit of any matrix.
+
+    of_vectors: what the change of biases, norms and the like is multiplied by; None leaves them as they are.
+    """
+
+    @property
+    def of_vectors(self) -> float | None: ...
 
     def apply(self, subject: Subject) -> Applied: ...
 
@@ -99,6 +105,7 @@ class Mitigation:
     side: Sides = "left"
     keep_spread: bool = False
     control: bool = False
+    of_vectors: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.factor):
@@ -140,13 +147,18 @@ class Mitigation:
 
 @dataclass(frozen=True)
 class Scaling:
-    """factor D in the place of D: the tuned model moved along the line through it and its base."""
+    """factor D in the place of D: the tuned model moved along the line through it and its base, vectors too."""
 
     factor: float
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.factor):
             raise SpectraError(f"the factor is {self.factor}; give a number such as 0.5")
+
+    @property
+    def of_vectors(self) -> float:
+        """Biases and norms lie on the same line."""
+        return self.factor
 
     def apply(self, subject: Subject) -> Applied:
         return Applied(scaled(subject.D, self.factor))
@@ -163,6 +175,7 @@ class Truncation:
     energy: float | None = None
     keep: Keep = "top"
     seed: int = 0
+    of_vectors: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.energy is None):
@@ -205,9 +218,9 @@ class Rewinding:
             raise SpectraError("heads are counted from 0, and their size is at least 1")
 
     @property
-    def is_whole(self) -> bool:
-        """Whether matrices go back altogether: then so do the vectors beside them."""
-        return self.components is None and not self.heads
+    def of_vectors(self) -> float | None:
+        """Where matrices go back altogether, so do the vectors beside them."""
+        return None if self.components is not None or self.heads else 0.0
 
     def apply(self, subject: Subject) -> Applied:
         if self.components is not None:

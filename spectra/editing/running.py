@@ -14,8 +14,9 @@ from torch import Tensor
 
 from spectra.checkpoints import Adapter, Checkpoint
 from spectra.checkpoints.adapter_folder import ADAPTER_CONFIG
+from spectra.checkpoints.wording import quoted
 from spectra.editing.adapter_files import SLICES, check_adapter, write_factors
-from spectra.editing.edits import Edit, Mitigation, Rewinding, Sides
+from spectra.editing.edits import Edit, Mitigation, Sides
 from spectra.editing.folder import RECORD, Layout, check_target, copy_files, layout_of, put_in_place
 from spectra.editing.matrices import Task, Treated, treat
 from spectra.editing.patching import InFiles, InMemory, Store
@@ -24,6 +25,7 @@ from spectra.editing.selecting import of_layers, vectors_beside
 from spectra.engines import local
 from spectra.engines.devices import ieee_products
 from spectra.engines.studying import Opened, Places, Progress, opened, places
+from spectra.errors import SpectraError
 from spectra.linalg.lowrank import LowRank
 from spectra.loading import grouped
 from spectra.pairing import Pairing
@@ -124,7 +126,8 @@ def edit(
         include, exclude, transposed, device, workers, cache, cache_limit, progress: as for `compare`.
         force: replace what an earlier edit left in `folder`.
     Returns: an `Edited`. A matrix that failed is kept as it was, with status "failed" and the reason.
-    Raises: SpectraError for input that cannot be read or matched, a folder that is taken, and a full disk.
+    Raises: SpectraError for input that cannot be read or matched, a folder that is taken, a full disk, and where
+        matrices failed and none was edited.
 
     >>> from spectra.editing import Scaling
     >>> edited = edit({"fc.weight": torch.zeros(2, 2)}, {"fc.weight": torch.ones(2, 2)}, Scaling(0.5))
@@ -135,9 +138,9 @@ def edit(
     pairs = opened(base, {LABEL: tuned}, include, exclude, transposed)
     checkpoint, pairing = pairs.tuned[LABEL], of_layers(pairs.pairings[LABEL], layers)
     vectors = (
-        vectors_beside(pairs.base, checkpoint, pairs.pairings[LABEL], layers, include, exclude)
-        if isinstance(what, Rewinding) and what.is_whole
-        else {}
+        {}
+        if what.of_vectors is None
+        else vectors_beside(pairs.base, checkpoint, pairs.pairings[LABEL], layers, include, exclude)
     )
     if folder is None:
         memory = InMemory(checkpoint)
@@ -189,13 +192,29 @@ def _run(
                 progress(done, total, groups[index].matrix.name)
     written = 0
     for name, of_base in vectors.items():
-        before, after = checkpoint[name], pairs.base[of_base].to(checkpoint.tensors[name].dtype)
+        before, after = checkpoint[name], _moved(name, pairs.base[of_base], checkpoint[name], what.of_vectors)
         if not torch.equal(before, after):
             store.write(name, None, after)
             written += 1
+    failed = [row for row in rows if row.status == "failed"]
+    if failed and not any(row.status == "edited" for row in rows):
+        raise SpectraError(f"no matrix could be edited, and nothing was written; {failed[0].note}")
     order = {pair.matrix.name: at for at, pair in enumerate(pairing.pairs)}
     rows.sort(key=lambda row: order[row.pair.matrix.name])
     return rows, _updates(checkpoint, factors), written
+
+
+def _moved(name: str, base: Tensor, tuned: Tensor, factor: float | None) -> Tensor:
+    """base + factor (tuned - base), in the tuned one's dtype; either of the two, to the bit, for 0 and 1."""
+    if factor is None or factor == 1:
+        return tuned
+    if factor == 0:
+        return base.to(tuned.dtype)
+    exact = base.double() + factor * (tuned.double() - base.double())
+    moved = exact.to(tuned.dtype)
+    if not torch.equal(moved.isfinite(), exact.isfinite()):
+        raise SpectraError(f"tensor {quoted(name)} overflows {str(tuned.dtype)[6:]} when it is scaled by {factor:g}")
+    return moved
 
 
 def _updates(checkpoint: Checkpoint, treated: Sequence[Treated]) -> dict[str, LowRank]:
@@ -239,7 +258,7 @@ def _said(rows: Sequence[Treated], vectors: int) -> list[str]:
         ) else "the edit changes nothing"  # fmt: skip
         said.append(f"{why}: every tensor is as it was, to the bit")
     if vectors:
-        said.append(f"vectors (biases, norms) that are the base's again: {vectors}")
+        said.append(f"vectors (biases, norms) that were taken along: {vectors}")
     failed = sum(row.status == "failed" for row in rows)
     if failed:
         said.append(f"matrices that failed and are as they were: {failed}")

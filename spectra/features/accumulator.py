@@ -23,6 +23,7 @@ from spectra.errors import SpectraError
 from spectra.linalg.lapack import add_gram
 from spectra.linalg.products import gemm_library, matmul
 from spectra.linalg.svd import describe_not_finite
+from spectra.tensor_files import write_tensors
 
 ROWS = 4096  # vectors that are squared at once: bounds the copies, and the rounding of float32 sums
 SMALLEST = 2.0**-60  # of the largest float32 product: what is 2^-60 of it is still a normal float32
@@ -135,15 +136,13 @@ class CovarianceAccumulator:
         ...     CovarianceAccumulator.load(CovarianceAccumulator(3, name="fc").save(f"{folder}/fc.safetensors")).count
         0
         """
-        from safetensors.torch import save_file
-
         target = Path(path)
         described = {"count": self.count, "size": self.size, "name": self.name, "dtype": str(self.dtype)}
         state = {} if self._mean is None or self._moment is None else {"mean": self._mean, "moment": self._moment}
         try:
             with replacing(target) as temporary:
-                stored = {key: value.cpu().contiguous() for key, value in state.items()}
-                save_file(stored, temporary, metadata={"accumulator": json.dumps(described)})
+                stored = {key: value.cpu() for key, value in state.items()}
+                write_tensors(stored, temporary, metadata={"accumulator": json.dumps(described)})
         except OSError as error:
             raise SpectraError(
                 f"cannot write the moments to {target}: {error.strerror or error}; "

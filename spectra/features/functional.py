@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from spectra.errors import SpectraError
 from spectra.features.outputs import MOST_ELEMENTS, Answer, read_answer
+from spectra.tensor_files import write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -186,8 +187,8 @@ class FunctionalCheck:
             values = answer.values[: int(ends[samples - 1])].cpu().contiguous()
             self._used += values.numel() * values.dtype.itemsize
             try:
-                save_file({"values": values}, self._file(len(self._kept)))
-            except (OSError, RuntimeError, ValueError) as error:
+                write_tensors({"values": values}, self._file(len(self._kept)))
+            except OSError as error:
                 raise SpectraError(
                     f"cannot keep the base's outputs in {self._folder}: {error}; "
                     "free some space, or leave the functional check out"

@@ -15,6 +15,7 @@ from torch import nn
 from spectra.checkpoints import Checkpoint, open_checkpoint
 from spectra.engines.devices import named_devices
 from spectra.errors import SpectraError
+from spectra.tensor_files import write_tensors
 
 
 def is_factory(source: Any) -> bool:
@@ -61,11 +62,9 @@ def let_go() -> None:
 
 def spilled(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The same checkpoint from a file in `folder`, so that the module it was opened from can be let go of."""
-    from safetensors.torch import save_file
-
     path = folder / "base.safetensors"
     try:
-        save_file({name: checkpoint[name].contiguous() for name in checkpoint}, path)
+        write_tensors({name: checkpoint[name] for name in checkpoint}, path)
     except OSError as error:
         raise SpectraError(
             f"the base's weights cannot be kept in {folder} while the tuned model runs: {error.strerror or error}; "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spectra.atomic import replacing, replacing_folder
 from spectra.errors import SpectraError
 from spectra.lora.record import adapted_layers, attachment
+from spectra.tensor_files import write_tensors, write_torch
 
 TORCH, SAFE = (".pt", ".pth", ".bin"), ".safetensors"
 
@@ -78,10 +79,8 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 def _write(state: dict[str, Tensor], file: Path) -> None:
     if file.suffix != SAFE:
-        torch.save(state, file)
+        write_torch(state, file)
         return
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     places: set[tuple[int, torch.Size]] = set()
     for name, tensor in state.items():
@@ -89,5 +88,5 @@ def _write(state: dict[str, Tensor], file: Path) -> None:
         if tensor.numel() and place in places:
             continue  # tied: safetensors holds a storage once
         places.add(place)
-        tensors[name] = tensor.detach().cpu().contiguous()
-    save_file(tensors, file, metadata={"format": "pt"})
+        tensors[name] = tensor.detach().cpu()
+    write_tensors(tensors, file, metadata={"format": "pt"})

@@ -17,6 +17,7 @@ from spectra.atomic import replacing_folder
 from spectra.checkpoints import Adapter, open_checkpoint
 from spectra.errors import SpectraError
 from spectra.linalg.lowrank import LowRank
+from spectra.tensor_files import write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RECORD = "spectra_slices.json"  # what `load_adapter` needs beside them
@@ -82,12 +83,9 @@ def put_adapter(
 
     Args: updates: module -> D, what the folder must read back as.   Raises: as `write_adapter`.
     """
-    from safetensors.torch import save_file
-
     try:
         with replacing_folder(folder) as temporary:
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, temporary / WEIGHTS, metadata={"format": "pt"})
+            write_tensors(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
             for name, content in ((CONFIG, config), (RECORD, record)):
                 if content is not None:
                     (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

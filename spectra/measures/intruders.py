@@ -69,7 +69,9 @@ def best_cosines(
     """
     basis, vectors = (base.U, tuned.Y) if side == "left" else (base.V, tuned.Z)
     s = tuned.S[..., : min(k, vectors.shape[-1])]
-    has_direction = s > max(base.shape) * torch.finfo(torch.float32).eps * s[..., :1]
+    # What storing W' in float32 moves its singular values by at the most: ||E||_F <= eps / 2 ||W'||_F.
+    rounding = sqrt(min(base.shape)) * torch.finfo(torch.float32).eps
+    has_direction = s > rounding * s[..., :1]
     Y = vectors[..., : s.shape[-1]].to(basis.dtype).contiguous()
     best, partner = matmul(basis.mT, Y).abs().max(-2)  # (p, k), its maximum over p
     return torch.where(has_direction, best.double(), torch.nan).cpu().numpy(), partner.cpu().numpy()

@@ -19,6 +19,7 @@ from spectra.atomic import replacing
 from spectra.comparing import compare
 from spectra.errors import SpectraError
 from spectra.lora import merge
+from spectra.tensor_files import write_tensors
 from spectra.training.accelerating import make_accelerator
 from spectra.training.building import Built, MakeTask, build, load_base
 from spectra.training.continual_result import KIND, NEW, RETAINED, Continual
@@ -220,12 +221,10 @@ def _tabulated(
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    from safetensors.torch import save_file
-
-    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    own = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     try:
         with replacing(file) as path:
-            save_file(own, path)
+            write_tensors(own, path)
     except OSError as error:
         raise SpectraError(f"cannot write {file}: {error.strerror or error}; free some space and go on") from error
 

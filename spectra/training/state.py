@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spectra.atomic import replacing
 from spectra.errors import SpectraError
+from spectra.tensor_files import write_torch
 
 STATE = "state.pt"
 FORMAT = 1
@@ -24,13 +25,13 @@ FORMAT = 1
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write the state of a run in the place of the last one. Raises `SpectraError` where the disk does not take it."""
     try:
-        with replacing(folder / STATE) as path, path.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())  # the new state is on the disk before the old one goes
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a zip file cannot be written
+        with replacing(folder / STATE) as path:
+            write_torch({"format": FORMAT, **state}, path)
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())  # the new state is on the disk before the old one goes
+    except OSError as error:
         raise SpectraError(
-            f"cannot save the state of the run in {folder}: {getattr(error, 'strerror', None) or error}; "
+            f"cannot save the state of the run in {folder}: {error.strerror or error}; "
             "free some space, then go on with --resume"
         ) from error
 

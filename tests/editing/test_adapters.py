@@ -149,8 +149,9 @@ def test_other_edits_of_an_adapter_are_those_of_the_merged_model(case: str, what
 
 
 @pytest.mark.parametrize("what", [Scaling(0.0), Rewinding()])
-def test_an_adapter_taken_back_is_the_base(what: Any, tmp_path: Path) -> None:
-    trained = Trained("linear", tmp_path)
+@pytest.mark.parametrize("case", ["linear", "embedding", "conv2d"])
+def test_an_adapter_taken_back_is_the_base(case: str, what: Any, tmp_path: Path) -> None:
+    trained = Trained(case, tmp_path)
     result = edit(trained.base, trained.folder, what, tmp_path / "out")
     assert result.matrices["rank_after"].dropna().eq(0).all()
     assert torch.equal(trained.with_adapter(tmp_path / "out"), trained.logits(trained.make()))

@@ -81,6 +81,8 @@ def test_edits_are_written(files: tuple[Path, Path], tmp_path: Path) -> None:
         (["--heads", "0", "--scale", "1"], "--rewind"),
         (["--rewind", "--heads", "a"], "ranges"),
         (["--rewind", "--layers", "7"], "layer 7"),
+        (["--rewind", "--layers", "1-0"], "'1-0' runs backwards; give 0-1"),
+        (["--rewind", "--heads", "0,3-1"], "'3-1' runs backwards; give 1-3"),
         (["--energy", "2"], "share of energy"),
         (["--scale", "0.5", "--keep", "bottom"], "--keep"),
     ],
@@ -91,6 +93,17 @@ def test_contradictions_are_one_sentence(
     with pytest.raises(SpectraError, match=words):
         run("edit", *files, *options, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_are_not_there_leave_nothing_behind(tmp_path: Path) -> None:
+    base = {f"layers.0.self_attn.{side}_proj.weight": torch.eye(8) for side in "qkv"}
+    tuned = {name: 2 * W for name, W in base.items()}
+    for name, state in (("base", base), ("tuned", tuned)):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    files = [tmp_path / f"{name}.safetensors" for name in ("base", "tuned")]
+    with pytest.raises(SpectraError, match=r"nothing was written; .*has heads 0 to 1, and head 9 was asked for"):
+        run("edit", *files, "--rewind", "--heads", "9", "--head-size", "4", "--out", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "tuned.safetensors"]
 
 
 @pytest.mark.skipif(COMMAND is None, reason="the command `spectra` is not beside this interpreter")

@@ -347,9 +347,32 @@ def test_a_matrix_that_fails_keeps_its_bits_and_says_so(tmp_path: Path) -> None:
 
 
 def test_an_overflow_is_refused_and_the_matrix_kept() -> None:
-    base, tuned = ({"a.weight": torch.eye(4).half() * scale} for scale in (1, 60_000))
+    base, tuned = (
+        {"a.weight": torch.eye(4).half() * scale, "b.weight": torch.eye(4).half() * min(scale, 2)}
+        for scale in (1, 60_000)
+    )
     result = edit(base, tuned, Scaling(4.0))
-    assert result.matrices["status"].tolist() == ["failed"] and "overflows float16" in result.matrices["note"][0]
+    assert result.matrices["status"].tolist() == ["failed", "edited"]
+    assert "overflows float16" in result.matrices["note"][0]
+    with pytest.raises(SpectraError, match=r"no matrix could be edited, and nothing was written; .*overflows float16"):
+        edit(base, tuned, Scaling(4.0), include="a.*")
+    vectors = ({"b.weight": torch.eye(4).half(), "b.bias": torch.ones(4).half() * size} for size in (1, 40_000))
+    with pytest.raises(SpectraError, match=r"'b\.bias' overflows float16"):
+        edit(*vectors, Scaling(2.0))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, -1.0])
+def test_a_scaled_update_takes_the_vectors_along(factor: float, written: tuple[Any, Path, Path]) -> None:
+    base, source, out = written
+    tuned = dict(open_checkpoint(source))
+    edit(base, source, Scaling(factor), out, force=True)
+    state = loaded(out)
+    vectors = [name for name in tuned if tuned[name].ndim == 1 and name in base and tuned[name].is_floating_point()]
+    assert any(not torch.equal(base[name], tuned[name]) for name in vectors)
+    for name in vectors:
+        expected = base[name].double() + factor * (tuned[name].double() - base[name].double())
+        torch.testing.assert_close(state[name].double(), expected, rtol=1e-6, atol=1e-7)
+        assert factor != 0 or torch.equal(state[name], base[name])
 
 
 def test_weights_in_memory_have_no_format(tmp_path: Path) -> None:

@@ -58,6 +58,29 @@ def test_planted_directions_are_found_and_nothing_else(m: int, n: int, strengths
             assert found.partner[j] == 20 - int(order[j])
 
 
+def test_weak_directions_of_a_long_matrix_are_looked_at() -> None:
+    """s_j = 1e-3 s_0 is far above what float32 does to it, however long the matrix is."""
+    generator = np.random.default_rng(1)
+    m, n = 30_000, 16
+    U, V = orthonormal(generator, m, n + 3), orthonormal(generator, n, n)
+    s = np.geomspace(1.0, 2e-4, n)
+    after = s.copy()
+    new = U[:, :n].copy()
+    new[:, [3, 6, 9]] = U[:, n:]  # of the tuned weight
+    W, tuned = (torch.from_numpy((Y * values) @ V.T).float() for Y, values in ((U[:, :n], s), (new, after)))
+    expected = reference.best_matches(W.double().numpy(), tuned.double().numpy(), 10, "left")
+    assert [match.best_cosine < 0.5 for match in expected] == [j in (3, 6, 9) for j in range(10)]
+    assert intruders(svd(W), leading_triplets(tuned, 10)).index.tolist() == [3, 6, 9]
+
+
+def test_directions_of_zeros_are_not_counted() -> None:
+    """The float32 of a product of rank 4 has singular values of rounding behind them, whose directions mean nothing."""
+    generator = np.random.default_rng(2)
+    W = torch.from_numpy(generator.standard_normal((300, 4)) @ generator.standard_normal((4, 200))).float()
+    assert intruders(svd(W), leading_triplets(W + 0, 10)).count == 0
+    assert len(intruders(svd(W), leading_triplets(1.5 * W, 10)).best_cosine) == 4
+
+
 @given(pairs(kinds=("separated",), unscaled=True), st.sampled_from(SIDES))
 @settings(max_examples=60)
 def test_best_cosines_and_partners_equal_the_definition(pair: tuple[Tensor, Tensor], side: Side) -> None:
