@@ -93,11 +93,7 @@ class SweepPlots:
         The line joins the means that no other mean beats in both. Args as of `tradeoff`; rates None: all learning
         rates, a point each.
         """
-        chosen = (
-            Chosen(self._finished(), "all learning rates")
-            if rates is None and rate is None
-            else self._chosen(rates, rate)
-        )
+        chosen = self._all() if rates is None and rate is None else self._chosen(rates, rate)
         ax = _one(ax)
         table = _means(chosen.runs, ["method", "place", "learning_rate", "matched_position"], ["score", "forgetting"])
         table = table.dropna(subset=["score", "forgetting"])
@@ -165,6 +161,17 @@ class SweepPlots:
             raise SpectraError("no run of the sweep is finished, so there is nothing to draw")
         by_start = runs["position"].isna().all()
         return runs.assign(place=runs["start"].astype("float64") if by_start else runs["position"])
+
+    def _all(self) -> Chosen:
+        """Every finished run. Where all slices of the sweep have matched steps, their rates are not those of the grid."""
+        runs = self._finished()
+        slices = runs[runs["method"] == "slice"]
+        words = "all learning rates"
+        if slices["matched_position"].notna().any():
+            reference = slices["matched_position"].dropna().iloc[0]
+            words += f", steps matched to position {reference:g}"
+            words += "" if slices["matched_position"].notna().all() else " in some runs"
+        return Chosen(runs, words)
 
     def _chosen(self, rates: Rates | None, rate: float | None) -> Chosen:
         runs = self._finished()

@@ -100,12 +100,13 @@ def continual(
     result.save(folder)
     body = base
     for stage in stages:
-        done = _finished(stage)
+        before = fingerprint(body)
+        done = _finished(stage, before)
         if done is None:
-            _learn(stage, body, progress)
+            _learn(stage, body, before, progress)
         body = _body(stage, body)
         if done is None:
-            done = _looked_at(stages[: stage.number], base, body, retain)
+            done = {"body_sha256": before, **_looked_at(stages[: stage.number], base, body, retain)}
             _write(stage, done)
         evaluations += done["evaluations"]
         drift.append(done["drift"])
@@ -129,9 +130,9 @@ def _stage(
     return _Stage(number, name, settings.changed(own, f"the task {name!r}"), make, place)
 
 
-def _learn(stage: _Stage, body: nn.Module, progress: Progress | None) -> None:
-    """Train a stage, and write what it makes of the body, and its head."""
-    if (stage.folder / BODY).exists():
+def _learn(stage: _Stage, body: nn.Module, before: str, progress: Progress | None) -> None:
+    """Train a stage, and write what it makes of the body (whose fingerprint is `before`), and its head."""
+    if (stage.folder / BODY).exists() and _began_with(stage.folder / BODY) == before:
         return
     folder = stage.folder / RUN
     anew = not (folder / SETTINGS).exists()
@@ -144,7 +145,7 @@ def _learn(stage: _Stage, body: nn.Module, progress: Progress | None) -> None:
     shared, head = _shared(_built(stage, body, {}), body)
     state = trained.state_dict()
     _save({name: state[name] for name in head}, stage.folder / HEAD)
-    _save({name: state[other] for name, other in shared.items()}, stage.folder / BODY)
+    _save({name: state[other] for name, other in shared.items()}, stage.folder / BODY, {"body_sha256": before})
 
 
 def _shared(built: Built, body: nn.Module) -> tuple[dict[str, str], list[str]]:
@@ -220,13 +221,20 @@ def _tabulated(
     return Continual(pd.DataFrame(columns), pd.DataFrame(drift), provenance)
 
 
-def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+def _save(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
     own = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     try:
         with replacing(file) as path:
-            write_tensors(own, path)
+            write_tensors(own, path, metadata)
     except OSError as error:
         raise SpectraError(f"cannot write {file}: {error.strerror or error}; free some space and go on") from error
+
+
+def _began_with(file: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return str((opened.metadata() or {}).get("body_sha256", ""))
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:
@@ -241,8 +249,11 @@ def _write(stage: _Stage, done: Mapping[str, Any]) -> None:
         path.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
 
 
-def _finished(stage: _Stage) -> dict[str, Any] | None:
-    """What a finished stage wrote. Raises: SpectraError where it was one of other settings."""
+def _finished(stage: _Stage, before: str) -> dict[str, Any] | None:
+    """What a finished stage wrote. Raises: SpectraError where it was one of other settings, or of another sequence.
+
+    Args: before: fingerprint of the body that the stage is to begin with.
+    """
     file = stage.folder / STAGE
     if not file.exists():
         return None
@@ -251,6 +262,11 @@ def _finished(stage: _Stage) -> dict[str, Any] | None:
     if different:
         raise SpectraError(
             f"{stage.folder} holds this task learnt with other settings ({', '.join(different[:5])}); "
+            "choose another folder, or remove it and those after it"
+        )
+    if done["body_sha256"] != before:
+        raise SpectraError(
+            f"{stage.folder} holds this task learnt after other tasks than those that come before it now; "
             "choose another folder, or remove it and those after it"
         )
     return done

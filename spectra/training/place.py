@@ -14,6 +14,7 @@ from spectra.training.settings import SETTINGS, TrainSettings
 from spectra.training.state import STATE
 
 KEPT = "step-"
+FILES = (SUMMARY, STATE, METRICS, SETTINGS)
 
 
 def kept_folder(folder: Path, step: int) -> Path:
@@ -24,11 +25,14 @@ def kept_folder(folder: Path, step: int) -> Path:
 def check(folder: Path, settings: TrainSettings, *, resume: bool, force: bool) -> None:
     """Make the folder, and refuse it where it is not this run's to write.
 
-    Raises: SpectraError where it holds another run, this one but nobody asked to go on with it, or other files.
+    Raises: SpectraError where it holds another run, this one but nobody asked to go on with it, other files, or what
+        the run reads in a place that the run would write.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _check_inputs(folder, settings)
         if force:
+            _check_foreign(folder)
             return
         if (folder / SETTINGS).exists():
             _check_same(folder, settings)
@@ -59,6 +63,34 @@ def _refused(folder: Path, error: OSError) -> SpectraError:
     return SpectraError(f"cannot write into {folder}: {error.strerror or error}; choose another folder for the run")
 
 
+def _check_inputs(folder: Path, settings: TrainSettings) -> None:
+    """Base and data must not lie where the run's own results will."""
+    written = [path.resolve() for path in (*_written(folder), *(folder / name for name in FILES))]
+    read = (settings.model.source, settings.data.train, settings.data.test, settings.retain and settings.retain.test)
+    for source in read:
+        if source and any(Path(source).resolve().is_relative_to(path) for path in written):
+            raise SpectraError(
+                f"the run reads {source}, which lies in its own folder {folder}, where it would be replaced; "
+                "choose another folder for the run"
+            )
+
+
+def _check_foreign(folder: Path) -> None:
+    """Where no run was, nothing may be taken away that has the name of what a run writes."""
+    if not (folder / SETTINGS).exists():
+        for path in (*_written(folder), *(folder / name for name in FILES)):
+            if path.exists():
+                raise SpectraError(
+                    f"{folder} holds {path.name!r}, which no run of this toolkit left there and a run would replace; "
+                    "choose another folder"
+                )
+
+
+def _written(folder: Path) -> list[Path]:
+    """The folders that a run makes in its own."""
+    return [*(folder / name for name in (ADAPTER, MODEL, COMPARISON)), *folder.glob(f"{KEPT}[0-9]*")]
+
+
 def _check_same(folder: Path, settings: TrainSettings) -> None:
     there = TrainSettings.from_file(folder / SETTINGS)
     if different := there.differences(settings):
@@ -70,7 +102,7 @@ def _check_same(folder: Path, settings: TrainSettings) -> None:
 
 def _clear(folder: Path) -> None:
     """Take away what a run writes, and nothing else."""
-    for name in (SUMMARY, STATE, METRICS, SETTINGS):
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    for place in (*(folder / name for name in (ADAPTER, MODEL, COMPARISON)), *folder.glob(f"{KEPT}[0-9]*")):
+    for place in _written(folder):
         shutil.rmtree(place, ignore_errors=True)

@@ -174,6 +174,14 @@ def test_a_sequence_may_grow_and_not_change(tmp_path: Path) -> None:
         learn(out, base=other)
     with pytest.raises(SpectraError, match="already"):
         learn(out, resume=False)
+    with pytest.raises(SpectraError, match="2-second holds this task learnt after other tasks"):
+        learn(out, tasks={"third": TASKS["third"], "second": TASKS["second"]})
+    # Had it been killed between the body of a stage and its numbers, the body would be that of the other tasks.
+    stage = out / "2-second"
+    (stage / "stage.json").unlink()
+    other_sequence = learn(out, tasks={"third": TASKS["third"], "second": TASKS["second"]})
+    alone = learn(tmp_path / "alone", tasks={"third": TASKS["third"], "second": TASKS["second"]})
+    pd.testing.assert_frame_equal(other_sequence.evaluations, alone.evaluations, check_exact=True)
 
 
 def test_full_fine_tuning_hands_on_its_weights_and_leaves_the_old_head(tmp_path: Path) -> None:

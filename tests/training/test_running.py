@@ -307,6 +307,20 @@ def test_folder_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "other" / "thesis.tex").read_text() == "years of work"
 
 
+def test_force_takes_away_nothing_but_a_run(tmp_path: Path) -> None:
+    """A folder called `model` beside which a run is made may be the very base of it."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights.bin").write_text("the only copy")
+    with pytest.raises(SpectraError, match="holds 'model', which no run of this toolkit left there"):
+        run_small(tmp_path, force=True)
+    run = run_small(tmp_path / "run", {"method": {"name": "full", "position": None}})
+    for reads in ({"model": {"source": str(run.result)}}, {"data": {"train": str(run.folder / "metrics.jsonl")}}):
+        with pytest.raises(SpectraError, match=r"lies in its own folder .*, where it would be replaced"):
+            train({"out": str(run.folder), "method": {"name": "full"}, **reads}, force=True)
+    assert (tmp_path / "model" / "weights.bin").exists() and (run.result / "model.safetensors").exists()
+    assert load_run(run.folder).summary == run.summary
+
+
 def test_resuming_from_another_base_or_a_broken_state_is_refused(tmp_path: Path) -> None:
     def progress(step: int, steps: int, word: str) -> None:
         if step == 6:
