@@ -85,13 +85,12 @@ def tokens(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def mails(folder: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Subject and body of every mail, and whether it is spam, in one shuffled order."""
+    """Subject and body of every mail, and whether it is spam, in one shuffled order. Of equal mails one is kept."""
     entries = [json.loads(file.read_text(encoding="utf-8")) for file in records(folder, "spam-assassin")]
     entries = [entry for entry in entries if isinstance(entry, Mapping) and "group" in entry]
     order = np.random.default_rng(0).permutation(len(entries))
-    return tuple(plain(entries[at]["text"]) for at in order), tuple(
-        int(entries[at]["group"].startswith("spam")) for at in order
-    )
+    found = {plain(entries[at]["text"]): int(entries[at]["group"].startswith("spam")) for at in order}
+    return tuple(found), tuple(found.values())
 
 
 def records(folder: Path, package: str) -> list[Path]:
@@ -105,9 +104,9 @@ def records(folder: Path, package: str) -> list[Path]:
 
 
 def plain(mail: str) -> str:
-    """Subject and body: no other header, which would give it away, no markup, no encoding of line ends."""
+    """Subject and body, without what would give it away: other headers, markup, `Re:` and the names of lists."""
     head, _, body = mail.partition("\n\n")
-    subject = re.search(r"^Subject: (.*)$", head, re.MULTILINE)
+    subject = re.search(r"^Subject: (?:(?:re|fwd?) *: *|\[[^]]*\] *)*(.*)$", head, re.MULTILINE | re.IGNORECASE)
     text = re.sub(r"<[^>]*>", " ", body[:20_000].replace("=\n", "").replace("=3D", "="))
     return f"{subject[1] if subject else ''}. {' '.join(html.unescape(text).split())}"[:600]
 

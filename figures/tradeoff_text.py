@@ -40,7 +40,7 @@ class Sizes:
     positions: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     rates: tuple[float, ...] = (1e-3, RATE)
     rates_of_full: tuple[float, ...] = (1e-4, 3e-4)
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 QUICK = Sizes(

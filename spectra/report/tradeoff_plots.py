@@ -163,7 +163,7 @@ class SweepPlots:
         return runs.assign(place=runs["start"].astype("float64") if by_start else runs["position"])
 
     def _all(self) -> Chosen:
-        """Every finished run. Where all slices of the sweep have matched steps, their rates are not those of the grid."""
+        """Every finished run; matched slices have rates that the grid does not name, and the words say so."""
         runs = self._finished()
         slices = runs[runs["method"] == "slice"]
         words = "all learning rates"
