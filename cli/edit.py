@@ -47,7 +47,7 @@ def edit(
     keep: Annotated[
         Keep, typer.Option(help="Which components stay: the top ones, or as many others as a control.")
     ] = Keep.top,
-    seed: Annotated[int, typer.Option(help="For --keep random.", min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(help="For --keep random; 0 by default.", min=0)] = None,
     scale: Annotated[
         float | None, typer.Option(help="Multiply each update, biases and norms too: 0 is the base, 1 the tuned one.")
     ] = None,
@@ -55,7 +55,9 @@ def edit(
     components: Annotated[
         str | None, typer.Option(help="Rewind only what the update does to base components START:STOP.")
     ] = None,
-    heads: Annotated[str | None, typer.Option(help="Rewind only these attention heads, such as 0,3,5-7.")] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Rewind only these attention heads, with their biases, such as 0,3,5-7.")
+    ] = None,
     head_size: Annotated[int | None, typer.Option(help="Size of a head, where no config.json says it.", min=1)] = None,
     layers: Annotated[str | None, typer.Option(help="Edit only these layers, such as 0,5-7.")] = None,
     include: Include = None,
@@ -70,7 +72,8 @@ def edit(
 ) -> None:
     """Edit the updates of a tuned model: truncate, scale, or rewind parts of it to the base.
 
-    One edit a run. What is not edited is copied to the bit; an adapter stays an adapter.
+    One edit a run. What is not edited is copied to the bit; an adapter stays an adapter. A matrix that cannot be
+    edited is kept as it was, and the run ends with status 1.
 
     Examples:
 
@@ -98,7 +101,7 @@ def _asked_for(
     rank: int | None,
     energy: float | None,
     keep: Keep,
-    seed: int,
+    seed: int | None,
     scale: float | None,
     rewind: bool,
     components: str | None,
@@ -111,16 +114,20 @@ def _asked_for(
     given = (rank is not None, energy is not None, scale is not None, rewind)
     if sum(given) != 1:
         raise SpectraError(f"one edit a run: give exactly one of {CHOICES}")
-    if (components or heads) and not rewind:
+    if (components is not None or heads is not None) and not rewind:
         raise SpectraError("--components and --heads say what --rewind takes back; give it, too")
     if keep is not Keep.top and (scale is not None or rewind):
         raise SpectraError("--keep says which components --rank or --energy leaves; give one of them")
+    if seed is not None and keep is not Keep.random:
+        raise SpectraError("--seed draws the components of --keep random; give it, too, or leave the seed out")
+    if head_size is not None and heads is None:
+        raise SpectraError("--head-size says how large the heads of --heads are; give them, or leave the size out")
     if scale is not None:
         return Scaling(scale)
     if not rewind:
-        return Truncation(rank, energy, keep.value, seed)
+        return Truncation(rank, energy, keep.value, seed or 0)
     slice_ = None if components is None else _slice(components)
-    return Rewinding(slice_, () if heads is None else tuple(_numbers(heads, "--heads")), head_size)
+    return Rewinding(slice_, None if heads is None else _numbers(heads, "--heads"), head_size)
 
 
 def _slice(text: str) -> tuple[int, int]:
@@ -144,21 +151,27 @@ def _numbers(text: str, option: str) -> list[int]:
 
 
 def finish_edit(result: Edited, *, as_json: bool, quiet: bool) -> None:
-    """Print what an edit did, as a table or as JSON."""
+    """Print what an edit did, as a table or as JSON; status 1 where matrices failed, when all else is said."""
+    failed = result.matrices[result.matrices["status"] == "failed"]
     if as_json:
         rows = json.loads(result.matrices.to_json(orient="records", double_precision=15))
         content = {"folder": str(result.folder), "notes": list(result.notes), "matrices": rows}
         json.dump(content, sys.stdout, indent=2)
         sys.stdout.write("\n")
-        return
-    if quiet:
-        return
-    console = Console(width=None if sys.stdout.isatty() else 200)  # in a pipe, names stay on one line
-    if result.changed or (result.matrices["status"] == "failed").any():
-        console.print(_table(result))
-    for note in result.notes:
-        console.print(note, markup=False, highlight=False)
-    console.print(f"written to {result.folder}", markup=False, highlight=False)
+    elif not quiet:
+        console = Console(width=None if sys.stdout.isatty() else 200)  # in a pipe, names stay on one line
+        if result.changed or len(failed):
+            console.print(_table(result))
+        for note in result.notes:
+            console.print(note, markup=False, highlight=False)
+        console.print(f"written to {result.folder}", markup=False, highlight=False)
+    if len(failed):
+        from spectra.report.wording import matrices, printable
+
+        sys.stdout.flush()
+        first = printable(str(failed["note"].iloc[0]))
+        typer.echo(f"spectra: {matrices(len(failed))} could not be edited, and stayed as before: {first}", err=True)
+        raise typer.Exit(1)
 
 
 def _table(result: Edited) -> Table:

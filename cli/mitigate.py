@@ -44,7 +44,8 @@ def mitigate(
         bool, typer.Option("--keep-spread", help="Leave alone what only spread over a cluster of base directions.")
     ] = False,
     control: Annotated[
-        bool, typer.Option("--control", help="Scale as many base directions of like strength in place of intruders.")
+        bool,
+        typer.Option("--control", help="Scale as many base directions instead, those of the nearest singular values."),
     ] = False,
     include: Include = None,
     exclude: Exclude = None,
@@ -60,7 +61,8 @@ def mitigate(
 
     W'(lambda) = W' + (lambda - 1) sum s'_j y_j z_j^T over the intruders of each matrix. An adapter stays an adapter, of
     exact rank r + (number of intruders). Everything else is copied to the bit. The table counts intruders before and
-    after: taking some out can bring others up.
+    after: taking some out can bring others up. The control is weaker where intruders are stronger than every base
+    direction: how much each of the two moves is said. Ends with status 1 where a matrix could not be edited.
 
     Examples:
 

@@ -34,7 +34,7 @@ class Factors:
     is_embedding: bool
 
     def stored(self, update: LowRank, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        """The factors of an update, shaped and of the dtypes as those that were there, A and B."""
+        """The factors of an update, shaped as those that were there, A and B; in their dtypes where these hold them."""
         if update.rank == 0:  # the module stays adapted, by nothing
             return {self.A: A, self.B: torch.zeros_like(B)}
         if self.is_embedding:
@@ -43,7 +43,9 @@ class Factors:
             r = update.rank
             new_A = update.A.reshape(r, *A.shape[1:])
             new_B = update.B.reshape(B.shape[0], r, *B.shape[2:])
-        return {self.A: new_A.to(A.dtype).contiguous(), self.B: new_B.to(B.dtype).contiguous()}
+        if _holds(A.dtype, new_A) and _holds(B.dtype, new_B):
+            new_A, new_B = new_A.to(A.dtype), new_B.to(B.dtype)
+        return {self.A: new_A.contiguous(), self.B: new_B.contiguous()}
 
     def read(self, tensors: Mapping[str, Tensor], c: float) -> LowRank:
         """The update that stored factors make."""
@@ -69,11 +71,24 @@ def factors_of(raw: Checkpoint, adapter: Adapter) -> dict[str, Factors]:
 
 
 def rounded(update: LowRank, dtype: torch.dtype) -> LowRank:
-    """The update as its factors will be stored. Raises SpectraError where they overflow."""
+    """The update as its factors will be stored: in `dtype` where that holds them exactly, else at least in float32.
+
+    Half precision would round what an edit adds by up to 0.4 %. PEFT computes with half-precision factors in float32,
+    and loads wider ones as they are.
+
+    Raises: SpectraError where they overflow.
+    """
+    if not (_holds(dtype, update.A) and _holds(dtype, update.B)):
+        dtype = torch.float32 if dtype.itemsize < torch.float32.itemsize else dtype
     factors = LowRank(update.B.to(dtype), update.A.to(dtype), update.c)
     if not all(bool(torch.isfinite(factor).all()) for factor in (factors.A, factors.B)):
         raise SpectraError(f"its edited factors overflow {str(dtype).removeprefix('torch.')}")
     return factors
+
+
+def _holds(dtype: torch.dtype, factor: Tensor) -> bool:
+    """Whether a dtype has every value of a factor."""
+    return torch.equal(factor.to(dtype).to(factor.dtype), factor)
 
 
 def write_factors(adapter: Adapter, updates: Mapping[str, LowRank], folder: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
-import numpy as np
 import torch
 
+from spectra.editing.arguments import number, whole, wholes
 from spectra.editing.heads import head_entries
 from spectra.editing.operations import (
     Keep,
@@ -51,12 +51,18 @@ class Subject:
 
 @dataclass(frozen=True)
 class Applied:
-    """The new update (the subject's own D, the same object, where nothing changes), and what is to be said of it."""
+    """The new update (the subject's own D, the same object, where nothing changes), and what is to be said of it.
+
+    Attributes:
+        scaled, before: of a mitigation, the intruders that it scaled, and the leading triplets before it.
+        stands_for: of its control, ||change||_F of the scaling of intruders that it stands in the place of.
+    """
 
     D: Update
     note: str = ""
     scaled: tuple[int, ...] = ()
     before: Leaders | None = None
+    stands_for: float | None = None
 
 
 class Edit(Protocol):
@@ -95,7 +101,9 @@ class Mitigation:
         which: "top", the first intruder of each matrix alone, or "all".
         k, epsilon, side: what an intruder is, as in `find_intruders`; with both sides, a triplet is one on either.
         keep_spread: leave those alone that only spread over a cluster of base directions.
-        control: scale as many base directions in their place, u_i s_i v_i^T of the nearest singular values.
+        control: scale as many base directions in their place, u_i s_i v_i^T of the nearest singular values. Intruders
+            stronger than s_0 have no equal in the base: then lambda moves the control less, and the result says how
+            much each moves.
     """
 
     factor: float = 0.7
@@ -108,8 +116,9 @@ class Mitigation:
     of_vectors: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        if not np.isfinite(self.factor):
-            raise SpectraError(f"lambda is {self.factor}; give a number such as 0.7")
+        object.__setattr__(self, "factor", number(self.factor, "lambda", "0.7"))
+        object.__setattr__(self, "k", whole(self.k, "k"))
+        object.__setattr__(self, "epsilon", number(self.epsilon, "epsilon"))
         if self.which not in ("top", "all") or self.side not in ("left", "right", "both"):
             raise SpectraError("intruders are scaled 'top' or 'all', and found on side 'left', 'right' or 'both'")
         if self.k < 1 or not 0 <= self.epsilon <= 1:
@@ -120,7 +129,9 @@ class Mitigation:
         found = leaders.intruders(self.epsilon, self.keep_spread)
         chosen = found[:1] if self.which == "top" else found
         triplets = leaders.triplets
+        stands_for = None
         if self.control:
+            stands_for = abs(self.factor - 1) * float(torch.linalg.vector_norm(triplets.S[chosen]))
             spectrum = self._spectrum(subject.base, subject.tuned)
             near = nearest_components(spectrum, triplets.S[chosen])
             D = scaled_triplets(
@@ -130,7 +141,7 @@ class Mitigation:
             D = scaled_triplets(
                 subject.D, triplets.Y[:, chosen], triplets.S[chosen], triplets.Z[:, chosen], self.factor
             )  # fmt: skip
-        return Applied(D, scaled=tuple(chosen) if D is not subject.D else (), before=leaders)
+        return Applied(D, scaled=tuple(chosen) if D is not subject.D else (), before=leaders, stands_for=stands_for)
 
     def leaders(self, base: BaseMatrix, tuned: torch.Tensor | LowRank) -> Leaders:
         """The leading triplets of a tuned weight, held against the base."""
@@ -152,8 +163,7 @@ class Scaling:
     factor: float
 
     def __post_init__(self) -> None:
-        if not np.isfinite(self.factor):
-            raise SpectraError(f"the factor is {self.factor}; give a number such as 0.5")
+        object.__setattr__(self, "factor", number(self.factor, "the factor"))
 
     @property
     def of_vectors(self) -> float:
@@ -180,6 +190,11 @@ class Truncation:
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.energy is None):
             raise SpectraError("an update is cut to a rank or to a share of its energy; give one of the two")
+        if self.rank is not None:
+            object.__setattr__(self, "rank", whole(self.rank, "the rank"))
+        if self.energy is not None:
+            object.__setattr__(self, "energy", number(self.energy, "the share of energy", "0.9"))
+        object.__setattr__(self, "seed", whole(self.seed, "the seed"))
         if self.rank is not None and self.rank < 1:
             raise SpectraError(f"the rank is {self.rank}, and at least 1 is needed; to take all back, rewind")
         if self.energy is not None and not 0 < self.energy <= 1:
@@ -200,34 +215,45 @@ class Rewinding:
 
     Attributes:
         components: the slice; its end may lie beyond the smallest matrices, which lose what they have of it.
-        heads: of an attention head, the rows of query, key and value, and the columns of the output projection; a key
-            and value that several heads share are rewound where all of those are.
+        heads: of an attention head, the rows of query, key and value with their biases, and the columns of the output
+            projection, whose bias is no single head's; a key and value that several heads share are rewound where all
+            of those are. None: whole matrices; an empty list is refused.
         head_size: d; None: as config.json says.
     """
 
     components: tuple[int, int] | None = None
-    heads: tuple[int, ...] = field(default=())
+    heads: Sequence[int] | None = None
     head_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.components is not None and self.heads:
+        if self.components is not None and self.heads is not None:
             raise SpectraError("components and heads cannot be rewound in one edit; do one after the other")
-        if self.components is not None and not 0 <= self.components[0] < self.components[1]:
-            raise SpectraError("a slice of components runs from 0 or more to a larger number, such as 0:64")
-        if any(head < 0 for head in self.heads) or (self.head_size is not None and self.head_size < 1):
+        if self.components is not None:
+            ends = wholes(self.components, "components")
+            if len(ends) != 2 or not 0 <= ends[0] < ends[1]:
+                raise SpectraError("a slice of components runs from 0 or more to a larger number, such as 0:64")
+            object.__setattr__(self, "components", ends)
+        if self.heads is not None:
+            object.__setattr__(self, "heads", wholes(self.heads, "heads"))
+        if self.head_size is not None:
+            object.__setattr__(self, "head_size", whole(self.head_size, "the size of the heads"))
+            if self.heads is None:
+                raise SpectraError("a size of heads is given and no heads; name the heads, or leave their size out")
+        if min(self.heads or (0,)) < 0 or (self.head_size is not None and self.head_size < 1):
             raise SpectraError("heads are counted from 0, and their size is at least 1")
 
     @property
     def of_vectors(self) -> float | None:
         """Where matrices go back altogether, so do the vectors beside them."""
-        return None if self.components is not None or self.heads else 0.0
+        return None if self.components is not None or self.heads is not None else 0.0
 
     def apply(self, subject: Subject) -> Applied:
         if self.components is not None:
             spectrum = subject.base.spectrum(torch.float64)
             start, stop = (min(bound, len(spectrum.S)) for bound in self.components)
-            return Applied(rewound_components(subject.D, spectrum, start, stop))
-        if not self.heads:
+            note = f"has no component from {self.components[0]} on" if start == stop else ""
+            return Applied(rewound_components(subject.D, spectrum, start, stop), note)
+        if self.heads is None:
             return Applied(scaled(subject.D, 0.0))
         entries = head_entries(subject.pair.matrix, subject.config, self.heads, self.head_size)
         if isinstance(entries, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,10 @@ from pathlib import Path
 
 from spectra.atomic import replacing_folder
 from spectra.checkpoints import Checkpoint
-from spectra.checkpoints.huggingface_folder import INDEX, NOT_WEIGHTS, WEIGHT_ENDINGS
 from spectra.checkpoints.wording import listed, shown
+from spectra.editing.beside import files_beside
+from spectra.editing.record import RECORD, files_of_record
 from spectra.errors import SpectraError
-
-RECORD = "spectra_edit.json"  # what was done, beside what came of it
-OTHER_FORMATS = (".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".gguf", ".tflite", ".pb")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Layout:
 
     Attributes:
         weights: those that hold tensors.   others: copied as they are.
-        notes: what is left out, for it holds weights that would not follow the edit.
+        notes: what is left out, and why.
     """
 
     root: Path
@@ -35,10 +34,9 @@ class Layout:
     notes: tuple[str, ...]
 
 
-def layout_of(checkpoint: Checkpoint, without: Sequence[str] = ()) -> Layout:
+def layout_of(checkpoint: Checkpoint) -> Layout:
     """What is to be written for an edit of `checkpoint`; all of its folder where that was given, not only its files.
 
-    Args: without: names of files that an edit makes wrong.
     Raises: SpectraError where it has no files.
     """
     if not checkpoint.files:
@@ -52,42 +50,18 @@ def layout_of(checkpoint: Checkpoint, without: Sequence[str] = ()) -> Layout:
     files = [path.relative_to(root) for path in checkpoint.files]
     weights = tuple(path for path in files if path.suffix != ".json")
     others = [path for path in files if path.suffix == ".json"]
-    left: list[str] = []
+    notes: tuple[str, ...] = ()
     if is_folder:
-        beside, left = _beside(root, set(files), set(without))
+        beside, notes = files_beside(root, files, weights)
         others += beside
-    notes = (f"not copied, for their weights are not edited: {listed(left)}",) if left else ()
     return Layout(root, weights, tuple(others), notes)
-
-
-def _beside(root: Path, known: set[Path], without: set[str]) -> tuple[list[Path], list[str]]:
-    """The other files of a model folder, and the names of what holds weights of its own."""
-    found: list[Path] = []
-    left: list[str] = []
-    for folder, folders, names in os.walk(root):
-        here = Path(folder).relative_to(root)
-        own = [name for name in names if here / name not in known]
-        weights = [name for name in own if _is_weights(name)]
-        if weights and folder != str(root):
-            left.append(str(here))
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        left += weights
-        found += [here / name for name in sorted(own) if name not in weights and name not in without]
-    return found, left
-
-
-def _is_weights(name: str) -> bool:
-    if INDEX.fullmatch(name) or name.lower().endswith(OTHER_FORMATS):
-        return True
-    return name.endswith(WEIGHT_ENDINGS) and not NOT_WEIGHTS.fullmatch(name)
 
 
 def check_target(target: Path, layout: Layout, inputs: Sequence[Checkpoint], force: bool) -> None:
     """Raise `SpectraError` where the edit must not or cannot be put into `target`; makes its parents.
 
-    With `force` the folder of an earlier edit is replaced, and never one that holds anything else, or an input.
+    With `force` the folder of an earlier edit is replaced, whatever files its record lists, and never one that holds
+    anything else, or an input.
     """
     place = target.resolve()
     for checkpoint in inputs:
@@ -105,16 +79,26 @@ def check_target(target: Path, layout: Layout, inputs: Sequence[Checkpoint], for
             raise SpectraError(f"{target} is a file; give the name of a folder to write")
     except OSError as error:
         raise SpectraError(f"cannot write to {target}: {error.strerror or error}; choose another folder") from error
-    ours = {*layout.weights, *layout.others, Path(RECORD)}
-    foreign = sorted(str(path) for path in there if path not in ours)
-    if foreign and (force or not there):
-        raise SpectraError(f"{target} holds {foreign[0]!r}, which this edit would not write; choose another folder")
     if there and not force:
         raise SpectraError(f"{target} holds files already; choose another folder, or force their replacement")
+    if there and Path(RECORD) not in there:
+        raise SpectraError(f"{target} holds {str(min(there))!r}, which no edit left there; choose another folder")
+    ours = {*layout.weights, *layout.others, Path(RECORD), *files_of_record(target)}
+    if foreign := sorted(str(path) for path in there if path not in ours):
+        raise SpectraError(f"{target} holds {foreign[0]!r}, which no edit wrote; choose another folder")
+
+
+def leftovers(target: Path) -> tuple[str, ...]:
+    """What to say of unfinished folders beside a target: nothing tells those of killed runs from those of others."""
+    unfinished = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}(\.old)?")  # as `replacing_folder` names them
+    found = sorted(path.name for path in target.parent.iterdir() if unfinished.fullmatch(path.name) and path.is_dir())
+    return (
+        (f"left beside it by runs that were killed, unless they still write there: {listed(found)}",) if found else ()
+    )
 
 
 def copy_files(layout: Layout, folder: Path) -> None:
-    """Copy every file of a layout, bytes and times, links as what they point at."""
+    """Copy the bytes of every file of a layout, links as what they point at."""
     for path in (*layout.weights, *layout.others):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(layout.root / path, folder / path)

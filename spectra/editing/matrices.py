@@ -21,6 +21,7 @@ from spectra.loading import BaseMatrix, Group
 from spectra.pairing import Pair
 
 SAME = 0.5  # |cosine| from which on a direction counts as one that was there before
+ABOUT = 0.2  # changes that differ by less are said to be about the same
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Treated:
         status: edited | unchanged | failed.   note: why, or what was decided.
         numbers: the columns of its row that hold numbers.
         stored: the edited W' (m x n) in its storage dtype, or the edited update; None where nothing changed.
+        stands_for: see `Applied`.
     """
 
     pair: Pair
@@ -48,6 +50,7 @@ class Treated:
     note: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
     stored: Tensor | LowRank | None = None
+    stands_for: float | None = None
 
     def without_weights(self) -> Treated:
         return replace(self, stored=None)
@@ -88,7 +91,15 @@ def _treated(task: Task, pair: Pair, base: BaseMatrix, tuned: Tensor | LowRank) 
     after = None
     if isinstance(task.edit, Mitigation):
         after = task.edit.leaders(base, D_after if isinstance(D_after, LowRank) else (W + D_after).to(base.weight))
-    return Treated(pair, "edited", note, numbers | _counted(task.edit, applied, after), stored)
+    meant = applied.stands_for
+    if meant is not None and is_unlike(numbers["change_norm"], meant):
+        note = "; ".join(filter(None, (note, f"the scaling of intruders changes it by {meant:.3g}")))
+    return Treated(pair, "edited", note, numbers | _counted(task.edit, applied, after), stored, meant)
+
+
+def is_unlike(made: float, meant: float) -> bool:
+    """Whether the change that a control made is not about that which it stands in the place of."""
+    return abs(made - meant) > ABOUT * max(made, meant)
 
 
 def _as_stored(pair: Pair, W: Tensor, D: Tensor | LowRank) -> tuple[Tensor | LowRank, Tensor | LowRank]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from spectra.checkpoints import Adapter, Checkpoint
 from spectra.checkpoints.adapter_folder import ADAPTER_CONFIG
-from spectra.checkpoints.wording import quoted
-from spectra.editing.adapter_files import SLICES, check_adapter, write_factors
-from spectra.editing.edits import Edit, Mitigation, Sides
-from spectra.editing.folder import RECORD, Layout, check_target, copy_files, layout_of, put_in_place
+from spectra.editing.adapter_files import SLICES, check_adapter, rounded, write_factors
+from spectra.editing.arguments import wholes
+from spectra.editing.edits import Edit, Mitigation, Rewinding, Sides
+from spectra.editing.folder import Layout, check_target, copy_files, layout_of, leftovers, put_in_place
 from spectra.editing.matrices import Task, Treated, treat
 from spectra.editing.patching import InFiles, InMemory, Store
 from spectra.editing.placing import joined, rows_of
-from spectra.editing.selecting import of_layers, vectors_beside
+from spectra.editing.record import said, table, widened, write_record
+from spectra.editing.selecting import of_layers, require_apart, require_components
+from spectra.editing.vectors import Vector, vectors_of
 from spectra.engines import local
 from spectra.engines.devices import ieee_products
 from spectra.engines.studying import Opened, Places, Progress, opened, places
@@ -122,9 +124,10 @@ def edit(
         base, tuned: checkpoint files or folders, hub ids in the local cache, state dicts, modules, open checkpoints.
         what: `Mitigation`, `Truncation`, `Scaling` or `Rewinding`.
         folder: to write; None keeps the edited tensors in the result.
-        layers: the blocks whose matrices are edited; None: all, and what stands outside of blocks.
+        layers: the blocks whose matrices are edited; None: all, and what stands outside of blocks. An empty list is
+            refused.
         include, exclude, transposed, device, workers, cache, cache_limit, progress: as for `compare`.
-        force: replace what an earlier edit left in `folder`.
+        force: replace what an earlier edit left in `folder`, as its record there lists it.
     Returns: an `Edited`. A matrix that failed is kept as it was, with status "failed" and the reason.
     Raises: SpectraError for input that cannot be read or matched, a folder that is taken, a full disk, and where
         matrices failed and none was edited.
@@ -135,21 +138,22 @@ def edit(
     [[0.5, 0.5], [0.5, 0.5]]
     """
     where = places(device, workers, cache, cache_limit)
+    layers = None if layers is None else wholes(layers, "layers")
     pairs = opened(base, {LABEL: tuned}, include, exclude, transposed)
     checkpoint, pairing = pairs.tuned[LABEL], of_layers(pairs.pairings[LABEL], layers)
-    vectors = (
-        {}
-        if what.of_vectors is None
-        else vectors_beside(pairs.base, checkpoint, pairs.pairings[LABEL], layers, include, exclude)
-    )
+    require_apart(pairing)
+    if isinstance(what, Rewinding) and what.components is not None:
+        require_components(pairing, what.components[0])
+    vectors, kept = vectors_of(what, pairs.base, checkpoint, pairs.pairings[LABEL], pairing, layers, include, exclude)
     if folder is None:
         memory = InMemory(checkpoint)
         rows, updates, written = _run(what, pairs, pairing, vectors, where, memory, progress)
-        notes = (*pairs.notes(), *_said(rows, written))
-        return Edited(_table(rows), notes, tensors=memory.tensors, updates=updates)
+        notes = (*pairs.notes(), *widened(checkpoint, updates), *kept, *said(rows, written))
+        return Edited(table(rows), notes, tensors=memory.tensors, updates=updates)
     target = Path(folder).expanduser().absolute()
     layout = layout_of(checkpoint)
     check_target(target, layout, (pairs.base, checkpoint), force)
+    beside = leftovers(target)
     with put_in_place(target) as made:
         copy_files(layout, made)
         files = InFiles(checkpoint, layout.root, made)
@@ -157,22 +161,23 @@ def edit(
         files.finish()
         files.check()
         dropped = _write_adapter(checkpoint, updates, layout, made)
-        notes = (*pairs.notes(), *layout.notes, *dropped, *_said(rows, written))
-        table = _table(rows)
-        _record(made / RECORD, what, pairs, where, table, notes)
-    return Edited(table, notes, target)
+        of_files = (*layout.notes, *beside, *dropped, *widened(checkpoint, updates))
+        notes = (*pairs.notes(), *of_files, *kept, *said(rows, written))
+        matrices = table(rows)
+        write_record(made, what, pairs, where, matrices, notes)
+    return Edited(matrices, notes, target)
 
 
 def _run(
     what: Edit,
     pairs: Opened,
     pairing: Pairing,
-    vectors: Mapping[str, str],
+    vectors: Sequence[Vector],
     where: Places,
     store: Store,
     progress: Progress | None,
 ) -> tuple[list[Treated], dict[str, LowRank], int]:
-    """Treat every matrix, the edited ones into the store; the rows, the adapter's new updates, the vectors rewound."""
+    """Treat every matrix, the edited ones into the store; the rows, the adapter's new updates, the vectors moved."""
     checkpoint = pairs.tuned[LABEL]
     task = Task(what, checkpoint.config or pairs.base.config, pairs.base.config, where.cache)
     groups = grouped({LABEL: pairing})
@@ -191,10 +196,11 @@ def _run(
             if progress:
                 progress(done, total, groups[index].matrix.name)
     written = 0
-    for name, of_base in vectors.items():
-        before, after = checkpoint[name], _moved(name, pairs.base[of_base], checkpoint[name], what.of_vectors)
+    for vector in vectors:
+        before = checkpoint[vector.name]
+        after = vector.moved(pairs.base[vector.of_base], before)
         if not torch.equal(before, after):
-            store.write(name, None, after)
+            store.write(vector.name, None, after)
             written += 1
     failed = [row for row in rows if row.status == "failed"]
     if failed and not any(row.status == "edited" for row in rows):
@@ -202,19 +208,6 @@ def _run(
     order = {pair.matrix.name: at for at, pair in enumerate(pairing.pairs)}
     rows.sort(key=lambda row: order[row.pair.matrix.name])
     return rows, _updates(checkpoint, factors), written
-
-
-def _moved(name: str, base: Tensor, tuned: Tensor, factor: float | None) -> Tensor:
-    """base + factor (tuned - base), in the tuned one's dtype; either of the two, to the bit, for 0 and 1."""
-    if factor is None or factor == 1:
-        return tuned
-    if factor == 0:
-        return base.to(tuned.dtype)
-    exact = base.double() + factor * (tuned.double() - base.double())
-    moved = exact.to(tuned.dtype)
-    if not torch.equal(moved.isfinite(), exact.isfinite()):
-        raise SpectraError(f"tensor {quoted(name)} overflows {str(tuned.dtype)[6:]} when it is scaled by {factor:g}")
-    return moved
 
 
 def _updates(checkpoint: Checkpoint, treated: Sequence[Treated]) -> dict[str, LowRank]:
@@ -228,8 +221,7 @@ def _updates(checkpoint: Checkpoint, treated: Sequence[Treated]) -> dict[str, Lo
         whole = checkpoint.update(name)
         places_in = [(rows_of(p.pair.tuned_matrix, whole.shape[0]), p.stored) for p in parts]
         new = joined(whole, [(rows, stored) for rows, stored in places_in if isinstance(stored, LowRank)])
-        dtype = torch.promote_types(whole.B.dtype, whole.A.dtype)
-        updates[name] = LowRank(new.B.to(dtype), new.A.to(dtype), new.c)
+        updates[name] = rounded(new, torch.promote_types(whole.B.dtype, whole.A.dtype))
     return updates
 
 
@@ -246,49 +238,3 @@ def _write_adapter(
     slices.unlink(missing_ok=True)
     check_adapter(checkpoint, updates, folder)
     return (f"not copied, for it does not fit edited factors: {SLICES!r}",) if dropped else ()
-
-
-def _said(rows: Sequence[Treated], vectors: int) -> list[str]:
-    """What a reader must know of the whole edit."""
-    said = []
-    if not vectors and not any(row.status == "edited" for row in rows):
-        found = [row for row in rows if row.numbers.get("intruders_before") is not None]
-        why = "no intruder dimensions were found" if found and not any(
-            row.numbers["intruders_before"] for row in found
-        ) else "the edit changes nothing"  # fmt: skip
-        said.append(f"{why}: every tensor is as it was, to the bit")
-    if vectors:
-        said.append(f"vectors (biases, norms) that were taken along: {vectors}")
-    failed = sum(row.status == "failed" for row in rows)
-    if failed:
-        said.append(f"matrices that failed and are as they were: {failed}")
-    return said
-
-
-COLUMNS = (
-    "name", "role", "layer", "status", "note", "update_norm", "change_norm", "energy_ratio", "rank_before",
-    "rank_after", "intruders_before", "intruders_scaled", "intruders_after", "intruders_appeared",
-)  # fmt: skip
-COUNTS = ("layer", *COLUMNS[8:])
-
-
-def _table(rows: Sequence[Treated]) -> pd.DataFrame:
-    import pandas as pd
-
-    records = []
-    for row in rows:
-        matrix = row.pair.matrix
-        head = {"name": matrix.name, "role": matrix.role, "layer": matrix.layer, "status": row.status, "note": row.note}
-        records.append(head | row.numbers)
-    kinds = dict.fromkeys(("name", "role", "status", "note"), "str") | dict.fromkeys(COUNTS, "Int64")
-    kinds |= dict.fromkeys(("update_norm", "change_norm", "energy_ratio"), "float64")
-    return pd.DataFrame(records, columns=list(COLUMNS)).astype(kinds)
-
-
-def _record(path: Path, what: Edit, pairs: Opened, where: Places, table: pd.DataFrame, notes: Sequence[str]) -> None:
-    import json
-
-    options = {"edit": type(what).__name__.lower(), **asdict(what)}  # type: ignore[call-overload]
-    content = pairs.provenance(options, where) | {"notes": list(notes)}
-    content["matrices"] = json.loads(table.to_json(orient="records", double_precision=15))
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Which matrices an edit is for, and which vectors go with them."""
+"""Which matrices an edit is for, and which vectors stand beside them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from spectra.checkpoints import Checkpoint
+from spectra.checkpoints.wording import quoted
 from spectra.errors import SpectraError
+from spectra.loading import identical
 from spectra.matrices.names import number_layers
-from spectra.pairing import Pairing
+from spectra.pairing import Pair, Pairing
 from spectra.pairing.matching import match_names
 
 
@@ -24,7 +26,46 @@ def of_layers(pairing: Pairing, layers: Sequence[int] | None) -> Pairing:
     return Pairing(kept, pairing.unmatched, pairing.notes)
 
 
-def vectors_beside(
+def require_apart(pairing: Pairing) -> None:
+    """Raise SpectraError where the tuned model keeps one matrix for two different ones of the base."""
+    first: dict[tuple[str, str], Pair] = {}
+    for pair in pairing.pairs:
+        if pair.is_low_rank or pair.is_untouched:
+            continue
+        other = first.setdefault((pair.tuned_tensor, pair.tuned_matrix.part), pair)
+        if other is not pair and not identical(other.load_base(), pair.load_base()):
+            raise SpectraError(
+                f"{quoted(pair.tuned_tensor)} of the tuned model is tied, and would be edited against both "
+                f"{quoted(other.matrix.name)} and {quoted(pair.matrix.name)} of the base; exclude one of the two"
+            )
+
+
+def require_components(pairing: Pairing, start: int) -> None:
+    """Raise SpectraError where no matrix has as many components."""
+    most = max(min(pair.matrix.rows, pair.matrix.columns) for pair in pairing.pairs)
+    if start >= most:
+        raise SpectraError(
+            f"components from {start} on lie beyond every matrix, for the largest has {most}; give a slice below that"
+        )
+
+
+def same_vectors(base: Checkpoint, tuned: Checkpoint, pairing: Pairing) -> dict[str, str]:
+    """Biases, norms and the like that both models have, of one shape: tuned name -> base name.
+
+    Args: pairing: of all matrices.
+    """
+    shapes = [{name: info.shape for name, info in side.tensors.items()} for side in (base, tuned)]
+    matrices = {pair.tuned_tensor for pair in pairing.pairs}
+    return {
+        name: of_base
+        for name, of_base in match_names(*shapes).partners.items()
+        if name not in matrices
+        and tuned.tensors[name].dtype.is_floating_point
+        and shapes[0][of_base] == shapes[1][name]
+    }
+
+
+def chosen_vectors(
     base: Checkpoint,
     tuned: Checkpoint,
     pairing: Pairing,
@@ -32,23 +73,16 @@ def vectors_beside(
     include: str | Sequence[str],
     exclude: str | Sequence[str],
 ) -> dict[str, str]:
-    """Biases, norms and the like that go back where whole matrices do: tuned name -> base name.
+    """Those of `same_vectors` that are moved where whole matrices are.
 
-    Args: pairing: of all matrices.   layers, include, exclude: as for the matrices, on the base's names.
+    Args: layers, include, exclude: as for the matrices, on the base's names.
     """
-    shapes = [{name: info.shape for name, info in side.tensors.items()} for side in (base, tuned)]
     include, exclude = ([given] if isinstance(given, str) else given for given in (include, exclude))
-    matrices = {pair.tuned_tensor for pair in pairing.pairs}
     numbers = number_layers(tuned.tensors)
-    found = {}
-    for name, of_base in match_names(*shapes).partners.items():
-        if name in matrices or not tuned.tensors[name].dtype.is_floating_point:
-            continue
-        is_asked_for = (
-            (layers is None or numbers[name] in layers)
-            and (not include or any(fnmatchcase(of_base, pattern) for pattern in include))
-            and not any(fnmatchcase(of_base, pattern) for pattern in exclude)
-        )
-        if is_asked_for and shapes[0][of_base] == shapes[1][name]:
-            found[name] = of_base
-    return found
+    return {
+        name: of_base
+        for name, of_base in same_vectors(base, tuned, pairing).items()
+        if (layers is None or numbers[name] in layers)
+        and (not include or any(fnmatchcase(of_base, pattern) for pattern in include))
+        and not any(fnmatchcase(of_base, pattern) for pattern in exclude)
+    }

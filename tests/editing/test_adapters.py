@@ -52,6 +52,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], d
          "alpha_pattern": {"bare": 5}, "modules_to_save": ["head"], "bias": "all"},
     ),
     "fused conv1d": (gpt2, gpt2_logits, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "trained biases": (
+        gpt2, gpt2_logits, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "lora_only"}
+    ),
 }  # fmt: skip
 
 
@@ -155,6 +158,84 @@ def test_an_adapter_taken_back_is_the_base(case: str, what: Any, tmp_path: Path)
     result = edit(trained.base, trained.folder, what, tmp_path / "out")
     assert result.matrices["rank_after"].dropna().eq(0).all()
     assert torch.equal(trained.with_adapter(tmp_path / "out"), trained.logits(trained.make()))
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def halved(trained: Trained, dtype: torch.dtype) -> None:
+    """The adapter as it is saved when it was trained in half precision."""
+    path = trained.folder / "adapter_model.safetensors"
+    factors = {name: factor.to(dtype) for name, factor in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(factors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("case", ["linear", "embedding", "conv2d", "fused conv1d"])
+def test_adapters_in_half_precision_are_edited_exactly(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    trained = Trained(case, tmp_path)
+    halved(trained, dtype)
+    result = mitigate(trained.base, trained.folder, tmp_path / "out", factor=0.0, which="all", k=3, epsilon=0.8)
+    before, after = open_checkpoint(trained.folder), open_checkpoint(tmp_path / "out")
+    assert isinstance(before, Adapter) and isinstance(after, Adapter)
+    in_words = str(dtype).removeprefix("torch.")
+    changed = [name for name, info in after.updates.items() if info.rank > before.updates[name].rank]
+    note = f"modules whose factors are stored in float32, for {in_words} would round the edit: {len(changed)}"
+    assert changed and note in result.notes
+    assert {after.updates[name].dtype for name in changed} == {torch.float32}
+    assert all(after.updates[name].dtype == dtype for name in set(after.updates) - set(changed))
+    base = {name: tensor.double() for name, tensor in trained.base.items()}
+    tuned, edited = dict(base), dict(base)
+    for name in before.updates:
+        for adapter, state in ((before, tuned), (after, edited)):
+            D = adapter.update(name)
+            dense = LowRank(D.B.double(), D.A.double(), D.c).dense()
+            state[name] = base[name] + (dense.T if case == "fused conv1d" else dense).reshape(base[name].shape)
+    expected = mitigate(base, tuned, factor=0.0, which="all", k=3, epsilon=0.8, include=[f"{n}*" for n in changed])
+    for name in changed:
+        change = float((expected.tensors[name] - tuned[name]).norm())
+        assert change > 0 and float((edited[name] - expected.tensors[name]).norm()) <= 1e-6 * change
+    model = trained.make()
+    model.load_state_dict({**tuned, **expected.tensors})
+    logits = trained.logits(model.eval())
+    found = trained.with_adapter(tmp_path / "out")
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-4 * float(logits.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_peft_takes_wider_factors_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also on a base in half precision, where PEFT computes with the factors in float32."""
+    trained = Trained("fused conv1d", tmp_path)
+    halved(trained, dtype)
+    edit(trained.base, trained.folder, Truncation(rank=1), tmp_path / "out", include="*.0.attn.c_attn.*")
+    raw = safetensors.torch.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {factor.dtype for factor in raw.values()} == {dtype, torch.float32}
+    model = peft.PeftModel.from_pretrained(trained.make().to(dtype), tmp_path / "out")
+    state = peft.get_peft_model_state_dict(model)
+    assert all(torch.equal(state[name], factor.float()) for name, factor in raw.items())
+    assert bool(trained.logits(model.eval()).isfinite().all())
+
+
+def test_edits_that_half_precision_holds_leave_the_factors_in_it(tmp_path: Path) -> None:
+    trained = Trained("fused conv1d", tmp_path)
+    halved(trained, torch.bfloat16)
+    result = edit(trained.base, trained.folder, Scaling(0.3), tmp_path / "out")
+    assert result.changed > 0 and not any("float32" in note for note in result.notes)
+    raw, new = (
+        safetensors.torch.load_file(f / "adapter_model.safetensors") for f in (trained.folder, tmp_path / "out")
+    )
+    assert all(torch.equal(raw[name], new[name]) for name in raw)
+
+
+def test_a_rewound_head_takes_its_trained_biases_back(tmp_path: Path) -> None:
+    trained = Trained("trained biases", tmp_path)
+    heads, width = gpt2().config.n_head, gpt2().config.n_embd  # type: ignore[union-attr]
+    result = edit(trained.base, trained.folder, Rewinding(heads=[1], head_size=width // heads), tmp_path / "out")
+    before, after = open_checkpoint(trained.folder), open_checkpoint(tmp_path / "out")
+    name = "transformer.h.0.attn.c_attn.bias"
+    base, old, new = (X[name].reshape(3, heads, -1) for X in (trained.base, before, after))
+    assert torch.equal(new[:, 1], base[:, 1]) and not torch.equal(old[:, 1], base[:, 1])
+    assert torch.equal(new[:, 0], old[:, 0]) and any("taken along" in note for note in result.notes)
 
 
 def test_one_part_of_a_fused_module_can_be_rewound(tmp_path: Path) -> None:

@@ -85,6 +85,11 @@ def test_edits_are_written(files: tuple[Path, Path], tmp_path: Path) -> None:
         (["--rewind", "--heads", "0,3-1"], "'3-1' runs backwards; give 1-3"),
         (["--energy", "2"], "share of energy"),
         (["--scale", "0.5", "--keep", "bottom"], "--keep"),
+        (["--rank", "2", "--seed", "1"], "--keep random"),
+        (["--scale", "0.5", "--seed", "0"], "--keep random"),
+        (["--scale", "0.5", "--head-size", "4"], "--heads"),
+        (["--rewind", "--heads", ""], "--heads"),
+        (["--rewind", "--components", "40:60"], "from 40 on lie beyond every matrix, for the largest has 40"),
     ],
 )
 def test_contradictions_are_one_sentence(
@@ -104,6 +109,21 @@ def test_heads_that_are_not_there_leave_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(SpectraError, match=r"nothing was written; .*has heads 0 to 1, and head 9 was asked for"):
         run("edit", *files, "--rewind", "--heads", "9", "--head-size", "4", "--out", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "tuned.safetensors"]
+
+
+@pytest.mark.parametrize("how", [[], ["--quiet"], ["--json"]])
+def test_a_matrix_that_failed_makes_status_1_when_all_is_written(
+    files: tuple[Path, Path], tmp_path: Path, how: list[str]
+) -> None:
+    tuned = load_file(files[1])
+    tuned["layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    arguments = ["mitigate", str(files[0]), str(tmp_path / "tuned.safetensors"), "--out", str(tmp_path / "out"), *how]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert (tmp_path / "out" / "tuned.safetensors").exists() and (done.stdout == "") == (how == ["--quiet"])
+    assert done.stderr.startswith("spectra: 1 matrix could not be edited") and "NaN" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.skipif(COMMAND is None, reason="the command `spectra` is not beside this interpreter")

@@ -375,6 +375,126 @@ def test_a_scaled_update_takes_the_vectors_along(factor: float, written: tuple[A
         assert factor != 0 or torch.equal(state[name], base[name])
 
 
+def test_the_control_says_where_it_moves_less_than_the_intruders(tmp_path: Path) -> None:
+    """The intruders here are weaker than s_0, so that equals exist; ten times as strong, none does."""
+    base, tuned = models()
+    like = mitigate(base, tuned, factor=0.0, control=True, include="wte.weight")
+    assert not any("control" in note for note in like.notes) and like.matrices["note"].tolist() == [""]
+    strong = {name: base[name] + 10 * (tuned[name] - base[name]) if name in base else tuned[name] for name in tuned}
+    unlike = mitigate(base, strong, factor=0.0, control=True, include="wte.weight")
+    scaled = mitigate(base, strong, factor=0.0, include="wte.weight").matrices["change_norm"][0]
+    moved = unlike.matrices["change_norm"][0]
+    assert moved < 0.5 * scaled
+    assert f"changes it by {scaled:.3g}" in unlike.matrices["note"][0]
+    assert any(f"weights by {moved:.3g}" in note and f"by {scaled:.3g} at the same" in note for note in unlike.notes)
+
+
+@pytest.mark.parametrize("layout", ["fused", "apart", "per head"])
+def test_a_rewound_head_has_the_base_s_biases(layout: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(4)
+    names = {
+        "fused": ["h.0.attn.c_attn"],
+        "apart": [f"encoder.layer.0.attention.self.{part}" for part in ("query", "key", "value")],
+        "per head": ["gpt_neox.layers.0.attention.query_key_value"],
+    }[layout]
+    kind = {"fused": "gpt2", "apart": "bert", "per head": "gpt_neox"}[layout]
+    config = {"model_type": kind, "hidden_size": HIDDEN, "num_attention_heads": 4}
+    width = HIDDEN if layout == "apart" else 3 * HIDDEN
+    shape = (HIDDEN, width) if layout == "fused" else (width, HIDDEN)
+    base, tuned = (
+        {f"{name}.{end}": torch.randn(size, generator=generator) for name in names
+         for end, size in (("weight", shape), ("bias", (width,)))} for _ in range(2)
+    )  # fmt: skip
+    folder = safetensors_folder(tmp_path / "tuned", tuned)
+    (folder / "config.json").write_text(json.dumps(config))
+    source = open_checkpoint(base).described("the base", config=config)
+    result = edit(source, folder, Rewinding(heads=[1, 2]), tmp_path / "out")
+    assert f"vectors (biases, norms) that were taken along: {len(names)}" in result.notes
+    state = loaded(tmp_path / "out")
+    for name in names:
+        for end in ("weight", "bias"):
+            W, before, after = (X[f"{name}.{end}"] for X in (base, tuned, state))
+            if layout == "fused" and end == "weight":
+                W, before, after = W.T, before.T, after.T
+            W, before, after = (
+                X.reshape(4, 3, 6, -1).transpose(0, 1) if layout == "per head" else X.reshape(-1, 4, 6, X[0].numel())
+                for X in (W, before, after)
+            )  # (part, head, row, column)
+            for head in range(4):
+                assert torch.equal(after[:, head], (W if head in (1, 2) else before)[:, head]), (end, head)
+
+
+def test_biases_whose_heads_are_not_known_stay_and_are_named() -> None:
+    base, tuned = (
+        {"blocks.0.attn.qkv.weight": torch.eye(36, 12) * scale, "blocks.0.attn.q_bias": torch.ones(12) * scale,
+         "blocks.0.attn.proj.weight": torch.eye(12) * scale, "blocks.0.attn.proj.bias": torch.ones(12) * scale}
+        for scale in (1, 2)
+    )  # fmt: skip
+    result = edit(base, tuned, Rewinding(heads=[0], head_size=4))
+    assert set(result.tensors) == {"blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight"}
+    said = "biases that stay tuned, for how the heads lie in them is not known: 'blocks.0.attn.q_bias'"
+    assert said in result.notes
+
+
+def test_other_parts_of_a_model_are_copied_with_their_weights(tmp_path: Path) -> None:
+    """A dense layer, a file that only ends like weights; not the model again, in other formats or states."""
+    base, tuned = models()
+    source = safetensors_folder(tmp_path / "tuned", tuned)
+    (source / "2_Dense").mkdir()
+    (source / "2_Dense" / "config.json").write_text("{}")
+    safetensors.torch.save_file({"linear.weight": torch.eye(3)}, source / "2_Dense" / "model.safetensors")
+    (source / "3_Dense").mkdir()
+    torch.save({"linear.weight": torch.eye(3)}, source / "3_Dense" / "pytorch_model.bin")
+    (source / "vocab.bin").write_bytes(b"many words")
+    torch.save({"v_head.weight": torch.ones(1, 4)}, source / "value_head.bin")
+    for left in ("checkpoint-5", "onnx", "openvino", ".cache"):
+        (source / left).mkdir()
+        (source / left / "config.json").write_text("{}")
+    safetensors.torch.save_file(tuned, source / "checkpoint-5" / "model.safetensors")
+    (source / "onnx" / "model.onnx").write_bytes(b"graph")
+    (source / "openvino" / "openvino_model.bin").write_bytes(b"graph")
+    (source / "openvino" / "openvino_model.xml").write_text("<net/>")
+    (source / "gone.txt").symlink_to("nowhere")
+    (source / "elsewhere").symlink_to(source / "1_Pooling")
+    result = edit(base, source, Scaling(0.5), tmp_path / "out", include="wte.weight")
+    there = digests(tmp_path / "out")
+    kept = {"2_Dense/config.json", "2_Dense/model.safetensors", "3_Dense/pytorch_model.bin", "vocab.bin"}
+    assert kept | {"value_head.bin", "1_Pooling/config.json"} <= there.keys()
+    assert all(there[name] == digests(source)[name] for name in kept)
+    assert not any(name.startswith(("checkpoint", "onnx", "openvino", ".", "gone", "else")) for name in there)
+    assert "not copied, for their weights are not edited: 'checkpoint-5', 'onnx', 'openvino'" in result.notes
+    assert "not copied, for they are hidden folders or links to folders: '.cache', 'elsewhere'" in result.notes
+    assert "not copied, for they are links to files that are not there: 'gone.txt'" in result.notes
+
+
+def test_force_replaces_an_earlier_edit_of_another_layout_and_nothing_else(tmp_path: Path) -> None:
+    base, tuned = models()
+    first, second = sharded_folder(tmp_path / "first", tuned), safetensors_file(tmp_path / "second", tuned)
+    out = tmp_path / "out"
+    edit(base, first, Scaling(0.5), out)
+    edit(base, second, Scaling(0.5), out, force=True)
+    assert digests(out).keys() == {"model.safetensors", "spectra_edit.json"}
+    edit(base, first, Scaling(0.5), out, force=True)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(SpectraError, match=r"'notes\.txt', which no edit wrote"):
+        edit(base, second, Scaling(0.5), out, force=True)
+    own = safetensors_folder(tmp_path / "own", base)
+    before = digests(own)
+    with pytest.raises(SpectraError, match="which no edit left there"):
+        edit(base, first, Scaling(0.5), own, force=True)
+    assert digests(own) == before
+
+
+def test_what_killed_runs_left_is_named(tmp_path: Path) -> None:
+    base, tuned = models()
+    source = safetensors_file(tmp_path / "tuned", tuned)
+    for name in (".out.biamjfez", ".out.notours!", ".other.biamjfez"):
+        (tmp_path / name).mkdir()
+    result = edit(base, source, Scaling(0.5), tmp_path / "out")
+    assert next(note for note in result.notes if "killed" in note).endswith("still write there: '.out.biamjfez'")
+    assert (tmp_path / ".out.biamjfez").exists()
+
+
 def test_weights_in_memory_have_no_format(tmp_path: Path) -> None:
     base, tuned = models()
     with pytest.raises(SpectraError, match="no files"):
@@ -407,3 +527,38 @@ def test_layers_that_are_not_there_are_refused() -> None:
     base, tuned = models()
     with pytest.raises(SpectraError, match="layer 9"):
         edit(base, tuned, Scaling(0.5), layers=[9])
+
+
+@pytest.mark.parametrize("layers", [[], range(5, 1), "0", 0, [0.5]])
+def test_layers_that_name_none_are_not_all(layers: Any) -> None:
+    base, tuned = models()
+    with pytest.raises(SpectraError, match="layers"):
+        edit(base, tuned, Rewinding(), layers=layers)
+
+
+def test_a_tensor_tied_by_the_tuned_model_is_not_edited_against_two_of_the_base(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    base = {embedding: torch.eye(8, 4), head: torch.ones(8, 4), "model.layers.0.mlp.up_proj.weight": torch.eye(4)}
+    tuned = {name: 2 * W for name, W in base.items() if name != head}
+    source = safetensors_folder(tmp_path / "tuned", tuned)
+    (source / "config.json").write_text(json.dumps(config))
+    apart = open_checkpoint(base).described("the base", config=config | {"tie_word_embeddings": False})
+    for folder in (None, tmp_path / "out"):
+        with pytest.raises(SpectraError, match=f"against both '{embedding}' and '{head}' of the base; exclude one"):
+            edit(apart, source, Scaling(0.5), folder)
+    edit(apart, source, Scaling(0.5), tmp_path / "out", exclude=head)
+    torch.testing.assert_close(loaded(tmp_path / "out")[embedding], 1.5 * base[embedding])
+    twice = open_checkpoint({**base, head: base[embedding].clone()}).described("the base", config=apart.config)
+    assert edit(twice, source, Scaling(0.5), tmp_path / "same").changed == 3  # the base keeps two copies of one
+
+
+def test_components_beyond_every_matrix_are_refused() -> None:
+    base, tuned = models()
+    with pytest.raises(SpectraError, match="from 24 on lie beyond every matrix, for the largest has 24"):
+        edit(base, tuned, Rewinding(components=(24, 30)))
+    small = {"fc.weight": torch.eye(3, 9)}
+    rows = edit(base | small, tuned | {"fc.weight": torch.ones(3, 9)}, Rewinding(components=(5, 30))).matrices
+    row = rows.set_index("name").loc["fc.weight"]
+    assert (row["status"], row["note"]) == ("unchanged", "has no component from 5 on")
+    assert (rows["status"] == "edited").sum() == len(rows) - 1

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectra.editing import Mitigation, Truncation
+from spectra.editing import Mitigation, Rewinding, Scaling, Truncation
 from spectra.editing.heads import head_entries
 from spectra.editing.operations import (
     change_norm,
@@ -176,7 +176,26 @@ def test_heads_that_are_not_there_or_not_known_are_refused() -> None:
     "make",
     [
         lambda: Mitigation(factor=float("nan")),
+        lambda: Mitigation(factor="0.5"),  # type: ignore[arg-type]
         lambda: Mitigation(k=0),
+        lambda: Mitigation(k=2.5),  # type: ignore[arg-type]
+        lambda: Mitigation(epsilon="half"),  # type: ignore[arg-type]
+        lambda: Scaling(float("inf")),
+        lambda: Scaling("0.5"),  # type: ignore[arg-type]
+        lambda: Scaling(True),
+        lambda: Rewinding(heads=()),
+        lambda: Rewinding(heads=range(3, 2)),
+        lambda: Rewinding(heads="03"),  # type: ignore[arg-type]
+        lambda: Rewinding(heads=3),  # type: ignore[arg-type]
+        lambda: Rewinding(heads=[0.5]),  # type: ignore[list-item]
+        lambda: Rewinding(heads=[-1]),
+        lambda: Rewinding(head_size=4),
+        lambda: Rewinding(components=(0, 2.5)),  # type: ignore[arg-type]
+        lambda: Rewinding(components=(4,)),  # type: ignore[arg-type]
+        lambda: Rewinding(components=(0, 4), heads=[1]),
+        lambda: Truncation(rank=2.5),  # type: ignore[arg-type]
+        lambda: Truncation(energy="0.9"),  # type: ignore[arg-type]
+        lambda: Truncation(rank=1, seed=1.5),  # type: ignore[arg-type]
         lambda: Mitigation(side="up"),  # type: ignore[arg-type]
         lambda: Truncation(),
         lambda: Truncation(rank=1, energy=0.5),
@@ -187,6 +206,11 @@ def test_heads_that_are_not_there_or_not_known_are_refused() -> None:
 def test_edits_that_make_no_sense_are_refused(make: Any) -> None:
     with pytest.raises(SpectraError):
         make()
+
+
+def test_numbers_of_any_library_are_taken_as_python_s_own() -> None:
+    assert Rewinding(heads=np.arange(2)).heads == (0, 1)  # type: ignore[arg-type]
+    assert type(Scaling(np.float32(0.5)).factor) is float and type(Truncation(rank=np.int64(2)).rank) is int  # type: ignore[arg-type]
 
 
 def test_random_choices_differ_between_matrices_and_not_between_runs() -> None:
