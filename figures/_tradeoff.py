@@ -19,6 +19,8 @@ from spectra.report.tradeoff_plots import REFERENCES, SweepPlots
 from spectra.training import Grid, sweep
 
 HERE = Path(__file__).resolve().parent
+QUANTITIES = ("score", "forgetting", "relative_update")
+DRAWN = ("slices", *REFERENCES)
 
 
 class Sizes(Protocol):
@@ -88,30 +90,41 @@ def swept(
 
 
 def panels(table: pd.DataFrame, rate: float) -> Figure:
-    """Score (above) and forgetting (below) against position: at one rate, at one step size, at each one's best rate."""
-    figure = Figure(figsize=(7.2, 5.2), layout="constrained")
+    """Score, forgetting, and how far the weights moved, against position: at one rate, at one size of the first steps,
+    and at each slice's best rate. The last row shows what became of the steps that were matched.
+    """
+    figure = Figure(figsize=(7.2, 7.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3, sharey="row", sharex=True)
+    axes = figure.subplots(len(QUANTITIES), 3, sharey="row", sharex=True)
     plots = SweepPlots(table)
-    plots.tradeoff("fixed", rate=rate, ax=axes[:, 0])
-    plots.tradeoff("matched", rate=rate, ax=axes[:, 1])
-    plots.tradeoff("best", ax=axes[:, 2])
-    titles = (f"One learning rate, {rate:g}", "Step sizes matched", "Best rate of each slice")
-    for column, title in enumerate(titles):
-        axes[0, column].set_title(title, fontsize=9, loc="left")
-        axes[1, column].set_title("", loc="left")
-    named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    plots.tradeoff("fixed", rate=rate, quantities=QUANTITIES, ax=axes[:, 0])
+    plots.tradeoff("matched", rate=rate, quantities=QUANTITIES, ax=axes[:, 1])
+    plots.tradeoff("best", quantities=QUANTITIES, ax=axes[:, 2])
+    titles = (f"One learning rate, {rate:g}", "First steps matched", "Best rate of each slice")
+    named = {name: handle for ax in axes.flat for name, handle in legend_of(ax).items()}
+    for column, title in zip(axes.T, titles, strict=True):
+        said = set(DRAWN)
+        for ax in column:  # what a legend says of some panels alone, such as a method that was not run, is title here
+            notes = [title] * (ax is column[0]) + [name for name in legend_of(ax) if name not in said]
+            said.update(notes)
+            ax.set_title("\n".join(notes), fontsize=8, loc="left")
     for ax in axes.flat:
         tidy(ax)
     for ax in axes[:, 1:].flat:
         ax.set_ylabel("")
-    for ax in axes[0]:
+    for ax in axes[:-1].flat:
         ax.set_xlabel("")
     figure.align_ylabels(axes[:, 0])
-    order = [name for name in ("slices", *REFERENCES) if name in named]
+    order = [name for name in DRAWN if name in named]
     handles = [named[name] for name in order]
     figure.legend(handles, order, loc="outside lower center", ncols=len(order), frameon=False, fontsize=8)
     return figure
+
+
+def legend_of(ax: Axes) -> dict[str, Any]:
+    """Label -> handle."""
+    handles, labels = ax.get_legend_handles_labels()
+    return dict(zip(labels, handles, strict=True))
 
 
 def pareto(table: pd.DataFrame) -> Figure:
@@ -143,21 +156,22 @@ def draw(name: str, about: str, data: Mapping[str, str], rate: float, run: Calla
     for option, words in data.items():
         parser.add_argument(f"--{option}", type=Path, help=words)
     parser.add_argument("--work", type=Path, default=Path(f"{name.replace('_', '-')}-runs"), help="folder for the runs")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of the table and the pictures")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work, for a look")
+    parser.add_argument("--out", type=Path, help="folder of the table and the pictures; by default that of this script")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work, for a look, below --work")
     parser.add_argument("--workers", type=int, help="processes; by default one a core")
     chosen = parser.parse_args()
-    table = chosen.out / f"{name}.csv"
+    work = chosen.work / ("quick" if chosen.quick else "full")
+    out = chosen.out or (work if chosen.quick else HERE)  # a quick look never replaces the numbers beside the script
+    table = out / f"{name}.csv"
     if chosen.run:
         folders = [getattr(chosen, option) for option in data]
         if not all(folders):
             options = " and ".join(f"--{option}" for option in data)
             parser.error(f"--run needs {options}: folders of the packages that are named above")
-        work = chosen.work / ("quick" if chosen.quick else "full")
         runs = run(*folders, work, chosen.quick, chosen.workers)
-        chosen.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         runs.to_csv(table, index=False, float_format="%.6g")
     elif not table.exists():
         parser.error(f"{table} is not there; make it with --run")
     runs = pd.read_csv(table)
-    write({name: panels(runs, rate), f"{name}_pareto": pareto(runs)}, chosen.out)
+    write({name: panels(runs, rate), f"{name}_pareto": pareto(runs)}, out)

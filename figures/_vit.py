@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectra import SpectraError
+from spectra.atomic import replacing
+from spectra.tensor_files import write_torch
 from spectra.training import Task, TensorExamples, evaluate
 
 FILES = {"train": "train-{}-idx{}-ubyte", "test": "t10k-{}-idx{}-ubyte"}
@@ -154,7 +156,8 @@ def pretrained(fashion: Path, file: Path, steps: int, tested: int, model: Vision
     else:
         _pretrain(model, images(fashion, "fashion", "train"), steps)
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), file)
+        with replacing(file) as path:
+            write_torch(model.state_dict(), path)
     task = OldTask(fashion, tested)(model)
     score = evaluate(task, [task.test.batch(range(tested))])["score"]
     print(f"the base on {tested} test images of Fashion-MNIST: {score:.3f}", flush=True)

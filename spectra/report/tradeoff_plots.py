@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spectra.errors import SpectraError
+from spectra.report.choosing import known
 from spectra.report.drawing import (
     BLACK,
     BLUE,
     GREEN,
     GREY,
-    LINES,
     ORANGE,
     PINK,
     SKY,
@@ -25,29 +24,34 @@ from spectra.report.drawing import (
     letters,
     plain,
 )
+from spectra.report.plots import QUANTITIES
+from spectra.report.tradeoff_choosing import Chosen, Rates, chosen_runs, every_rate
 from spectra.report.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-Rates = Literal["fixed", "matched", "best"]
-
 SCORES = {"accuracy": "accuracy", "log_likelihood": "log-likelihood (nats a token)"}
+BEYOND = "beyond"  # the name (gid) of what marks an interval that goes on beyond the axes
+WITHOUT = {
+    "score": "run it again",
+    "forgetting": "give [retain], the base's own task, to measure what is forgotten",
+    "relative_update": "run it with compare = true to measure how far the weights moved",
+}
 REFERENCES: dict[str, dict[str, Any]] = {
     "lora": {"color": GREEN, "linestyle": "--", "marker": "s"},
     "full": {"color": VERMILION, "linestyle": "-.", "marker": "^"},
     "random": {"color": ORANGE, "linestyle": ":", "marker": "D"},
     "head": {"color": GREY, "linestyle": (0, (6, 2)), "marker": "x"},
+    "pissa": {"color": PINK, "linestyle": ":", "marker": "<"},
+    "milora": {"color": SKY, "linestyle": "--", "marker": ">"},
+    "lora_ga": {"color": BLACK, "linestyle": "-.", "marker": "*"},
 }
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The runs that a picture shows, and how their learning rates came about, in words for its title."""
-
-    runs: pd.DataFrame
-    words: str
+OTHERS: tuple[dict[str, Any], ...] = tuple(
+    {"color": color, "linestyle": (0, (1, 3)), "marker": marker}
+    for marker, color in zip("vPphd8", (PINK, SKY, BLACK, GREEN, VERMILION, ORANGE), strict=True)
+)
 
 
 class SweepPlots:
@@ -57,35 +61,45 @@ class SweepPlots:
         self.runs = runs
 
     def tradeoff(
-        self, rates: Rates | None = None, *, rate: float | None = None, ax: Sequence[Axes] | None = None
-    ) -> tuple[Axes, Axes]:
+        self,
+        rates: Rates | None = None,
+        *,
+        rate: float | None = None,
+        quantities: Sequence[str] = ("score", "forgetting"),
+        ax: Sequence[Axes] | None = None,
+    ) -> tuple[Axes, ...]:
         """The new task's score, and what is forgotten, against the position of the slice.
 
         Dots are means over the seeds, bars their 95 % intervals (Student's t); other methods are horizontal lines, with
-        their intervals at the right.
+        their intervals at the right. A triangle on the edge marks an interval that goes on beyond it. The legend names
+        the methods that have no runs here.
 
         Args:
             rates: "fixed": all methods at the one learning rate `rate`; "matched": slices at rates that give their
                 first steps one size; "best": each slice and method at its own best rate. None: matched where the sweep
                 is, fixed otherwise.
             rate: of fixed and matched; by default the middle one of those that the slices were run at.
-            ax: two axes.
-        Returns: the axes of the score and those of forgetting.
-        Raises: SpectraError where the sweep holds no such runs.
+            quantities: what is drawn: score, forgetting, or relative_update, which says how far the weights moved in
+                the end (matched steps are of one size at first only).
+            ax: axes, one a quantity.
+        Returns: the axes, one a quantity.
+        Raises: SpectraError where the sweep holds no such runs, or nothing of a quantity.
         """
-        chosen = self._chosen(rates, rate)
-        left, right = _two(ax)
-        metric = SCORES.get(str(chosen.runs["metric"].iloc[0]), "score")
-        for axes, column, y in (
-            (left, "score", f"new task: {metric}"),
-            (right, "forgetting", f"forgetting: lost {metric}"),
-        ):
+        chosen = chosen_runs(self.runs, rates, rate)
+        metric = _metric(chosen)
+        labels = {
+            "score": f"new task: {metric}",
+            "forgetting": f"forgetting: lost {metric}",
+            "relative_update": QUANTITIES["relative_update"],
+        }
+        for column in quantities:
+            known(column, list(labels), "a quantity of the trade-off")
             if chosen.runs[column].isna().all():
-                raise SpectraError(
-                    f"the sweep has no {column}; give [retain], the base's own task, to measure what is forgotten"
-                )
-            self._panel(axes, chosen, column, y)
-        return left, right
+                raise SpectraError(f"the sweep has no {column}; {WITHOUT[column]}")
+        panels = _side_by_side(ax, len(quantities))
+        for axes, column in zip(panels, quantities, strict=True):
+            self._panel(axes, chosen, column, labels[column])
+        return panels
 
     def pareto(self, rates: Rates | None = None, *, rate: float | None = None, ax: Axes | None = None) -> Axes:
         """The new task's score against what is forgotten: means over the seeds, slices coloured by position.
@@ -93,7 +107,7 @@ class SweepPlots:
         The line joins the means that no other mean beats in both. Args as of `tradeoff`; rates None: all learning
         rates, a point each.
         """
-        chosen = self._all() if rates is None and rate is None else self._chosen(rates, rate)
+        chosen = every_rate(self.runs) if rates is None and rate is None else chosen_runs(self.runs, rates, rate)
         ax = _one(ax)
         table = _means(chosen.runs, ["method", "place", "learning_rate", "matched_position"], ["score", "forgetting"])
         table = table.dropna(subset=["score", "forgetting"])
@@ -116,7 +130,7 @@ class SweepPlots:
             bar = ax.figure.colorbar(points, ax=ax, pad=0.02)
             bar.set_label(_place_label(chosen.runs), fontsize=size - 1)
             bar.ax.tick_params(labelsize=size - 1)
-        for method, style in _styles(table):
+        for method, style in self._styles(table):
             rows = table[table["method"] == method]
             ax.plot(
                 rows["forgetting"], rows["score"], linestyle="none", marker=style["marker"], color=style["color"],
@@ -125,11 +139,18 @@ class SweepPlots:
         front = _front(table["forgetting"].to_numpy(), table["score"].to_numpy())
         best = table.iloc[front].sort_values("forgetting")
         ax.plot(best["forgetting"], best["score"], color=BLACK, linewidth=0.8, zorder=2, label="not beaten in both")
-        metric = SCORES.get(str(chosen.runs["metric"].iloc[0]), "score")
+        metric = _metric(chosen)
         subject = f"means over {counted(chosen.runs['seed'].nunique(), 'seed')}{_failures(self.runs)}"
         label(ax, chosen.words, subject, f"forgetting: lost {metric} (left is better)", f"new task: {metric}")
         legend_below(ax, 3)
         return ax
+
+    def _styles(self, runs: pd.DataFrame) -> list[tuple[str, dict[str, Any]]]:
+        """The methods of these runs beside slices, each with its style: one in all pictures of a sweep."""
+        others = sorted({*self.runs["method"]} - {*REFERENCES, "slice"})
+        styles = REFERENCES | {name: OTHERS[at % len(OTHERS)] for at, name in enumerate(others)}
+        there = set(runs["method"])
+        return [(name, style) for name, style in styles.items() if name in there]
 
     def _panel(self, ax: Axes, chosen: Chosen, column: str, y: str) -> None:
         size = letters(ax)
@@ -137,87 +158,29 @@ class SweepPlots:
         place = slices["place"].to_numpy()
         right, apart = float(place.max()), 0.05 * (float(np.ptp(place)) or 1.0)
         bars: dict[str, Any] = {"markersize": size * 0.5, "elinewidth": 1}
-        ax.errorbar(
+        curve = ax.errorbar(
             place, slices[column], yerr=_reach(slices, column), color=BLUE, marker="o", linewidth=1.6, zorder=3,
             label="slices", **bars,
         )  # fmt: skip
-        for method, style in _styles(chosen.runs):
+        handles: list[Any] = [curve]
+        absent = dict(chosen.absent)
+        for method, style in self._styles(chosen.runs):
             row = _means(chosen.runs[chosen.runs["method"] == method], ["method"], [column])
-            if np.isfinite(row[column].iloc[0]):
+            mean = float(row[column].iloc[0])
+            if column == "relative_update" and mean == 0:
+                absent[method] = "moves no weight"  # and a logarithmic axis has no place for it
+            elif np.isfinite(mean):
                 right += apart  # the intervals stand beside each other, right of the slices
-                ax.axhline(row[column].iloc[0], color=style["color"], linestyle=style["linestyle"], linewidth=1.2)
-                bars |= {"color": style["color"], "marker": style["marker"], "linestyle": style["linestyle"]}
-                ax.errorbar([right], row[column], yerr=_reach(row, column), label=plain(method), **bars)
-        _fit(ax)
+                ax.axhline(mean, color=style["color"], linestyle=style["linestyle"], linewidth=1.2)
+                bar = ax.errorbar([right], row[column], yerr=_reach(row, column), label=plain(method), **bars | style)
+                handles.append(bar)
+        for method, why in absent.items():
+            handles += ax.plot([], [], linestyle="none", label=f"{plain(method)}: {why}")
+        _fit(ax, may_be_log=column == "relative_update")
         ax.set_xticks([tick for tick in ax.get_xticks() if place.min() <= tick <= place.max()])
         subject = f"95% intervals, {counted(chosen.runs['seed'].nunique(), 'seed')}{_failures(self.runs)}"
         label(ax, chosen.words, subject, _place_label(chosen.runs), y)
-        legend_below(ax, 3)
-
-    def _finished(self) -> pd.DataFrame:
-        """The finished runs; `place`: position, or start where slices were named by it."""
-        runs = self.runs[self.runs["status"] == "finished"]
-        if runs.empty:
-            raise SpectraError("no run of the sweep is finished, so there is nothing to draw")
-        by_start = runs["position"].isna().all()
-        return runs.assign(place=runs["start"].astype("float64") if by_start else runs["position"])
-
-    def _all(self) -> Chosen:
-        """Every finished run; matched slices have rates that the grid does not name, and the words say so."""
-        runs = self._finished()
-        slices = runs[runs["method"] == "slice"]
-        words = "all learning rates"
-        if slices["matched_position"].notna().any():
-            reference = slices["matched_position"].dropna().iloc[0]
-            words += f", steps matched to position {reference:g}"
-            words += "" if slices["matched_position"].notna().all() else " in some runs"
-        return Chosen(runs, words)
-
-    def _chosen(self, rates: Rates | None, rate: float | None) -> Chosen:
-        runs = self._finished()
-        is_slice, is_matched = runs["method"] == "slice", runs["matched_position"].notna()
-        if not is_slice.any():
-            raise SpectraError("no finished run of the sweep is of a slice; draw its pareto() instead")
-        if rates is None:
-            rates = "matched" if (is_slice & is_matched).any() else "fixed"
-        if rates not in ("fixed", "matched", "best"):
-            raise SpectraError(f"{rates!r} is no way to choose learning rates; give fixed, matched or best")
-        if rates == "best" and rate is not None:
-            raise SpectraError("the best learning rates are asked for, and one is given; leave out rate")
-        if rates == "best":
-            return _best(runs[~is_matched] if (is_slice & ~is_matched).any() else runs)
-        wanted = is_matched if rates == "matched" else ~is_matched
-        of_slices = sorted(runs.loc[is_slice & wanted, "learning_rate"].unique())
-        if not of_slices:
-            raise SpectraError(f"the sweep has no slices whose learning rates are {rates}")
-        rate = of_slices[len(of_slices) // 2] if rate is None else rate
-        if rate not in of_slices:
-            known = ", ".join(f"{one:g}" for one in of_slices)
-            raise SpectraError(f"no slices were run at the learning rate {rate:g}; those of the sweep are {known}")
-        # A method that has no size to match stands beside matched slices at the plain rate.
-        other = ~runs["method"].isin(runs.loc[is_matched, "method"]) if rates == "matched" else wanted
-        runs = runs[(runs["learning_rate"] == rate) & (wanted | other)]
-        if rates == "fixed":
-            return Chosen(runs, f"one learning rate, {rate:g}")
-        reference = runs["matched_position"].dropna().iloc[0]
-        return Chosen(runs, f"step sizes of position {reference:g} at {rate:g}")
-
-
-def _best(runs: pd.DataFrame) -> Chosen:
-    """Of every slice and method the learning rate of the highest mean score on the validation part, or on the test.
-
-    A rate at which a seed is missing (it diverged) is taken only where all rates lack one.
-    """
-    column = "validation_score" if runs["validation_score"].notna().all() else "score"
-    found = (
-        runs.groupby(["method", "place", "learning_rate"], dropna=False)[column].agg(["count", "mean"]).reset_index()
-    )
-    order = found.sort_values(["count", "mean"], ascending=False, kind="stable")
-    best = order.drop_duplicates(["method", "place"])[["method", "place", "learning_rate"]]
-    words = f"best learning rates, by {'validation' if column == 'validation_score' else 'the test itself'}"
-    if runs["matched_position"].notna().any():
-        words += ", steps matched"
-    return Chosen(runs.merge(best, on=["method", "place", "learning_rate"]), words)
+        legend_below(ax, 3, handles=handles)
 
 
 def _means(runs: pd.DataFrame, by: list[str], columns: list[str]) -> pd.DataFrame:
@@ -254,21 +217,14 @@ def _front(cost: Array, gain: Array) -> list[int]:
     ]
 
 
-def _styles(runs: pd.DataFrame) -> list[tuple[str, dict[str, Any]]]:
-    """The methods beside slices, the usual ones in their order, each with its style."""
-    there = [str(name) for name in dict.fromkeys(runs["method"]) if name != "slice"]
-    usual = [name for name in REFERENCES if name in there]
-    spare = [{**style, "color": color} for style, color in zip(LINES[1:], (PINK, SKY, BLACK, BLUE), strict=False)]
-    rest = [name for name in there if name not in REFERENCES]
-    return [(name, REFERENCES[name]) for name in usual] + [
-        (name, spare[at % len(spare)]) for at, name in enumerate(rest)
-    ]
-
-
 def _place_label(runs: pd.DataFrame) -> str:
     if runs["position"].notna().any():
         return "position of the slice (0: largest $s_i$)"
     return "first component of the slice"
+
+
+def _metric(chosen: Chosen) -> str:
+    return SCORES.get(str(chosen.runs["metric"].iloc[0]), "score")
 
 
 def _failures(runs: pd.DataFrame) -> str:
@@ -276,29 +232,58 @@ def _failures(runs: pd.DataFrame) -> str:
     return f", {failed} failed" if failed else ""
 
 
-def _fit(ax: Axes) -> None:
-    """Limits that show all means well, on all axes that share them; an interval of two seeds may run out of them."""
-    means = np.concatenate(
-        [line.get_ydata() for each in ax.get_shared_y_axes().get_siblings(ax) for line in each.lines]
-    )
+def _fit(ax: Axes, *, may_be_log: bool) -> None:
+    """Scale and limits of all axes that share the vertical one of these.
+
+    Means show well, and so do intervals that reach no further beyond them than the means lie apart; those that do (of
+    two seeds, say) end at the edge, in a triangle. What spans a decade gets a logarithmic axis where it may.
+    """
+    shared = ax.get_shared_y_axes().get_siblings(ax)
+    drawn = [(each, found) for each in shared for found in each.containers if getattr(found, "has_yerr", False)]
+    means = np.concatenate([np.asarray(container[0].get_ydata(), dtype=np.float64) for _, container in drawn])
+    bars = [np.array(container[2][0].get_segments()) for _, container in drawn]  # (dots, 2 ends, x and y)
+    is_log = may_be_log and bool(np.nanmin(means) > 0 and np.nanmax(means) > 10 * np.nanmin(means))
+    if is_log:
+        ax.set_yscale("log")
+    low, high = _limits(means, np.concatenate(bars)[:, :, 1], is_log)
+    ax.set_ylim(low, high)
+    for mark in [line for each in shared for line in each.lines if line.get_gid() == BEYOND]:
+        mark.remove()  # of a panel that was fitted before this one
+    for (each, container), segments in zip(drawn, bars, strict=True):
+        style = {"color": container[0].get_color(), "markersize": letters(each) * 0.5, "linestyle": "none"}
+        for marker, at, ends in (
+            ("v", 0, segments[segments[:, 0, 1] < low]),
+            ("^", 1, segments[segments[:, 1, 1] > high]),
+        ):
+            if len(ends):
+                where = {"transform": each.get_xaxis_transform(), "clip_on": False, "gid": BEYOND}
+                each.plot(ends[:, 0, 0], np.full(len(ends), at), marker=marker, **style, **where)
+
+
+def _limits(means: Array, ends: Array, is_log: bool) -> tuple[float, float]:
+    """The limits of an axis for means and the ends (dots, 2) of their intervals."""
+    if is_log:
+        tiny = float(np.nanmin(means)) * 1e-9  # an interval may reach below zero
+        low, high = _limits(np.log10(means), np.log10(np.maximum(ends, tiny)), is_log=False)
+        return 10.0**low, 10.0**high
     low, high = float(np.nanmin(means)), float(np.nanmax(means))
-    margin = 0.35 * (high - low) or 0.05
-    ax.set_ylim(low - margin, high + margin)
+    room = high - low or np.inf
+    bottom, top = max(low - room, float(np.nanmin(ends))), min(high + room, float(np.nanmax(ends)))
+    margin = 0.08 * (top - bottom) or 0.05
+    return bottom - margin, top + margin
 
 
 def _one(ax: Axes | None) -> Axes:
-    if ax is not None:
-        return ax
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(4.8, 3.8), layout="constrained").subplots()
+    return _side_by_side(None if ax is None else [ax], 1, (4.8, 3.8))[0]
 
 
-def _two(ax: Sequence[Axes] | None) -> tuple[Axes, Axes]:
+def _side_by_side(ax: Sequence[Axes] | None, count: int, size: tuple[float, float] | None = None) -> tuple[Axes, ...]:
+    """The axes that were given, or those of a new figure of a size in inches."""
     if ax is None:
         from matplotlib.figure import Figure
 
-        ax = Figure(figsize=(7.2, 3.6), layout="constrained").subplots(1, 2)
-    if len(ax) != 2:
-        raise SpectraError(f"the trade-off is drawn on two axes, and {len(ax)} were given")
-    return ax[0], ax[1]
+        figure = Figure(figsize=size or (3.6 * count, 3.6), layout="constrained")
+        ax = list(figure.subplots(1, count, squeeze=False).flat)
+    if len(ax) != count:
+        raise SpectraError(f"the trade-off is drawn on {counted(count, 'axes', 'axes')}, and {len(ax)} were given")
+    return tuple(ax)

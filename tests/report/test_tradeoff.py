@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from spectra.errors import SpectraError
-from spectra.report.tradeoff_plots import SweepPlots
+from spectra.report.tradeoff_plots import BEYOND, SweepPlots
 from spectra.training import Sweep, load_sweep
 from spectra.training.sweep_result import table_of
 
@@ -44,6 +44,12 @@ def reference(ax: Axes, method: str) -> float:
     (line,) = [container[0] for container in ax.containers if container.get_label() == method]
     (value,) = line.get_ydata()
     return float(value)
+
+
+def legend(ax: Axes) -> list[str]:
+    found = ax.get_legend()
+    assert found is not None
+    return [text.get_text() for text in found.get_texts()]
 
 
 def title(ax: Axes) -> str:
@@ -118,6 +124,86 @@ def test_matched_and_plain_slices_are_never_mixed() -> None:
     assert "Step sizes" in title(SweepPlots(table_of(matched)).tradeoff()[0])  # the default where the sweep is
 
 
+def test_how_far_the_weights_moved_is_drawn_beside_the_scores() -> None:
+    table = table_of(rows())
+    table["relative_update"] = 0.1 + table["position"].fillna(0)
+    score, update = SweepPlots(table).tradeoff("fixed", rate=1e-2, quantities=["score", "relative_update"])
+    assert curve(update) == pytest.approx({0.0: 0.1, 0.5: 0.6, 1.0: 1.1}) and curve(score) != curve(update)
+    assert (update.get_yscale(), score.get_yscale()) == ("log", "linear")  # it spans a decade
+    near = table.assign(relative_update=1 + table["relative_update"])
+    assert SweepPlots(near).tradeoff(quantities=["relative_update"])[0].get_yscale() == "linear"
+    # What moves no weight has no place on a logarithmic axis, and is named.
+    still = table.assign(relative_update=table["relative_update"].where(table["method"] != "lora", 0.0))
+    (ax,) = SweepPlots(still).tradeoff("fixed", quantities=["relative_update"])
+    assert "lora: moves no weight" in legend(ax) and "full" in legend(ax)
+
+
+def test_methods_without_runs_are_named() -> None:
+    table = table_of(rows())
+    absent = (table["method"] == "full") & (table["learning_rate"] == 1e-2)
+    ax, _ = SweepPlots(table[~absent]).tradeoff("fixed", rate=1e-2)
+    assert legend(ax) == ["slices", "lora", "full: not run at this rate"]
+    failed = table.assign(status=table["status"].where(~absent, "failed"))
+    assert "full: failed at this rate" in legend(SweepPlots(failed).tradeoff("fixed", rate=1e-2)[0])
+    failed = table.assign(status=table["status"].where(table["method"] != "full", "failed"))
+    assert "full: failed" in legend(SweepPlots(failed).tradeoff("best")[0])
+
+
+def test_an_interval_that_leaves_the_axes_ends_in_a_triangle() -> None:
+    """Two seeds that lie far apart, at one position; the others agree."""
+    table = table_of([row("slice", p, 1e-2, seed) for p in POSITIONS for seed in (0, 1)])
+    table["score"] = table["position"]
+    low, high = SweepPlots(table).tradeoff(quantities=["score"])[0].get_ylim()
+    assert low < 0 and high > 1
+    table.loc[table["position"] == 0.5, "score"] = [0.2, 0.8]  # +- 3.8
+    (ax,) = SweepPlots(table).tradeoff(quantities=["score"])
+    marks = [line for line in ax.lines if line.get_gid() == BEYOND]
+    assert [(line.get_marker(), list(line.get_xdata()), list(line.get_ydata())) for line in marks] == [
+        ("v", [0.5], [0]),
+        ("^", [0.5], [1]),
+    ]
+    low, high = ax.get_ylim()
+    assert -1.5 < low < -1 and 2 < high < 2.5  # the means still show well
+    table.loc[table["position"] == 0.5, "score"] = [0.45, 0.55]  # +- 0.64, which the axes take in
+    (ax,) = SweepPlots(table).tradeoff(quantities=["score"])
+    assert not [line for line in ax.lines if line.get_gid() == BEYOND]
+    assert ax.get_ylim()[0] < 0.5 - 0.64 and ax.get_ylim()[1] > 0.5 + 0.64
+
+
+def test_a_method_looks_the_same_in_all_pictures() -> None:
+    """Also where the rows come in another order, or a picture shows some of the methods only."""
+    names = ("peft:olora", "pissa", "peft:pissa", "lora_ga", "milora", "lora")
+    table = table_of(
+        [row("slice", p, 1e-2, 0) for p in POSITIONS] + [row(name, None, 1e-2, 0) for name in names]
+    ).astype({"score": "float64"})
+    table["score"] += np.arange(len(table)) / 10
+
+    def looks(ax: Axes) -> dict[str, tuple[str, str]]:
+        lines = [line for line in ax.lines if line.get_label() in names]
+        lines += [each[0] for each in ax.containers if each.get_label() in names]
+        labels = [line.get_label() for line in ax.lines if line.get_label() in names]
+        labels += [each.get_label() for each in ax.containers if each.get_label() in names]
+        return {name: (line.get_color(), line.get_marker()) for name, line in zip(labels, lines, strict=True)}
+
+    one = looks(SweepPlots(table).tradeoff()[0])
+    assert len(set(one.values())) == len(names) == len(one)
+    assert looks(SweepPlots(table).pareto()) == one
+    assert looks(SweepPlots(table.iloc[::-1]).pareto()) == one
+
+
+def test_of_several_grids_in_one_table_the_first_is_drawn() -> None:
+    """Slices by position and by start have no axis in common, nor have runs matched to two slices."""
+    by_start = [{**row("slice", None, 1e-3, 0), "start": start} for start in (0, 8)]
+    by_position = [row("slice", p, 1e-3, 0) for p in POSITIONS]
+    assert list(curve(SweepPlots(table_of(by_start + by_position)).tradeoff()[0])) == [0, 8]
+    assert list(curve(SweepPlots(table_of(by_position + by_start)).tradeoff()[0])) == list(POSITIONS)
+    matched = [row("slice", p, 1e-3, 0, matched_position=m) for m in (1.0, 0.0) for p in POSITIONS]
+    for at, each in enumerate(matched):
+        each["score"] = at
+    ax, _ = SweepPlots(table_of(matched)).tradeoff()
+    assert list(curve(ax).values()) == [0, 1, 2] and "position 1 at" in title(ax)
+
+
 def test_the_front_holds_what_nothing_beats_in_both() -> None:
     points = {
         "a": (0.5, 0.1),
@@ -159,7 +245,11 @@ def test_what_cannot_be_drawn_is_said() -> None:
         SweepPlots(table.assign(status="failed")).tradeoff()
     with pytest.raises(SpectraError, match="retain"):
         SweepPlots(table.assign(forgetting=np.nan)).tradeoff()
+    with pytest.raises(SpectraError, match="no relative_update; run it with compare"):
+        SweepPlots(table).tradeoff(quantities=["relative_update"])
+    with pytest.raises(SpectraError, match="'forgetting'"):
+        SweepPlots(table).tradeoff(quantities=["forgeting"])
     with pytest.raises(SpectraError, match="of a slice"):
         SweepPlots(table[table["method"] == "lora"]).tradeoff()
-    with pytest.raises(SpectraError, match="two axes"):
+    with pytest.raises(SpectraError, match="on 2 axes, and 1 were"):
         SweepPlots(table).tradeoff(ax=[SweepPlots(table).pareto()])
