@@ -98,10 +98,15 @@ def show(result: Intrusion, top: int) -> None:
 
 
 def draw(result: Intrusion, folder: Path) -> None:
-    """Write the pictures into `folder`."""
+    """Write the pictures into `folder`: in each, a panel for every side that was looked at."""
+    from matplotlib.figure import Figure
+
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("epsilon", "k"):
-        figure = getattr(result.plot, name)().figure
+        figure = Figure(figsize=(4.8 * len(result.sides), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(result.sides), squeeze=False, sharey=True).ravel()
+        for side, ax in zip(result.sides, panels, strict=True):
+            getattr(result.plot, name)(side=side, ax=ax)
         figure.savefig(folder / f"intruders_{name}.png", dpi=150)
 
 
@@ -148,11 +153,13 @@ def _said(result: Intrusion) -> Iterator[str]:
     for row in result.counts().to_dict("records"):
         own = found[(found["tuned"] == row["tuned"]) & (found["side"] == row["side"])]
         of_model = result.matrices[result.matrices["tuned"] == row["tuned"]]
+        looked_at = of_model[of_model["status"] != "failed"]
+        of_side, most = f"{row['side']} directions", result.reach
+        top = f"the top {row['k']} {of_side}" if most == row["k"] else f"all {of_side} (at most {most} of a matrix)"
         spread = int(own["spread"].sum())
         yield (
-            f"{printable(row['tuned'])}: {counted(row['intruders'], 'intruder')} among the top {row['k']} "
-            f"{row['side']} directions, in {row['matrices_with_intruders']} of {matrices(len(of_model))} "
-            f"(epsilon = {number(row['epsilon'], 2)})"
+            f"{printable(row['tuned'])}: {counted(row['intruders'], 'intruder')} among {top}, in "
+            f"{row['matrices_with_intruders']} of {matrices(len(looked_at))} (epsilon = {number(row['epsilon'], 2)})"
             + (f"; {spread} of them only spread over a cluster of base directions" if spread else "")
         )
     for row in result.matrices[result.matrices["status"] == "failed"].to_dict("records"):

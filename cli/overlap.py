@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,8 +43,10 @@ def overlap(
     """Hold the updates of tuned models against each other and the base: will these merge well?
 
     For each pair: the overlap phi of the leading output and input directions of the updates (1 = the same subspace),
-    the cosine of the updates, and the share of entries that they move the same way; each with what random updates
-    would show.
+    their smallest and largest principal angles, the cosine of the updates, and the share of entries that they move the
+    same way; each with what random updates would show. Updates near those do not touch, and a merge keeps both; where
+    they share directions a merge adds up (positive cosine) or cancels (negative). Matrices that moved as a retrained
+    layer does are left out, by name.
 
     Examples:
 
@@ -71,11 +74,15 @@ def overlap(
 
 
 def show(result: Overlap) -> None:
-    """Print a line per pair, what failed, and the notes."""
+    """Print two lines per pair, what failed, what that says, and the notes."""
     console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(_table(result))
+    if len(result.pairs()):
+        console.print(_table(result))
+        console.print(_angles(result))
     for row in result.matrices[result.matrices["status"] == "failed"].to_dict("records"):
         console.print(f"failed: {row['name']}: {row['note']}", markup=False, highlight=False)
+    for finding in result.diagnosis():
+        console.print(str(finding), markup=False, highlight=False)
     for note in result.provenance["notes"]:
         console.print(note, markup=False, highlight=False)
 
@@ -84,7 +91,11 @@ def as_plain(result: Overlap) -> dict[str, Any]:
     """The tables and notes as JSON knows them."""
     tables = {"pairs": result.pairs(), "matrices": result.matrices}
     rows = {name: json.loads(table.to_json(orient="records", double_precision=15)) for name, table in tables.items()}
-    return {**rows, "notes": result.provenance["notes"]}
+    findings = [
+        {"tuned": each.tuned, "text": each.text, "numbers": each.numbers, "matrices": each.matrices}
+        for each in result.diagnosis()
+    ]
+    return {**rows, "findings": findings, "notes": result.provenance["notes"]}
 
 
 def draw(result: Overlap, folder: Path) -> None:
@@ -98,24 +109,55 @@ def draw(result: Overlap, folder: Path) -> None:
 
 def _table(result: Overlap) -> Table:
     """A line per pair; in brackets what random updates would show."""
+    from spectra.report.wording import number
+
+    return _lines(
+        result,
+        {
+            "left overlap": lambda row: _beside_null(row, "left_overlap"),
+            "right overlap": lambda row: _beside_null(row, "right_overlap"),
+            "cosine": lambda row: f"{number(row['update_cosine'], 2)} (+-{number(row['update_cosine_null'], 1)})",
+            "same sign": lambda row: f"{number(row['sign_agreement'])} (0.5)" if row["sign_agreement"] >= 0 else "-",
+        },
+    )
+
+
+def _angles(result: Overlap) -> Table:
+    """A line per pair: smallest to largest principal angle in radians, 0 = a common direction, 1.57 = a right angle."""
+    return _lines(
+        result,
+        {
+            "matrices": lambda row: str(row["matrices"]),
+            "left angles": lambda row: _from_to(row, "left"),
+            "right angles": lambda row: _from_to(row, "right"),
+        },
+    )
+
+
+def _from_to(row: Any, side: str) -> str:
+    names = [f"{side}_{end}_angle{null}" for null in ("", "_null") for end in ("smallest", "largest")]
+    return "{:.2f}-{:.2f} ({:.2f}-{:.2f})".format(*(row[name] for name in names)) if row[names[0]] >= 0 else "-"
+
+
+def _beside_null(row: Any, name: str) -> str:
+    from spectra.report.wording import number
+
+    return f"{number(row[name], 2)} ({number(row[f'{name}_null'], 2)})" if row[name] >= 0 else "-"
+
+
+def _lines(result: Overlap, columns: Mapping[str, Callable[[Any], str]]) -> Table:
+    """A table of the pairs: who, then each column as it is written."""
     from rich.table import Table
     from rich.text import Text
 
-    from spectra.report.wording import number, printable
+    from spectra.report.wording import printable
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("first", "second"):
         table.add_column(name)
-    for name in ("matrices", "left overlap", "right overlap", "cosine", "same sign"):
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in result.pairs().to_dict("records"):
-        table.add_row(
-            Text(printable(row["first"])),
-            Text(printable(row["second"])),
-            str(row["matrices"]),
-            f"{number(row['left_overlap'], 2)} ({number(row['left_overlap_null'], 2)})",
-            f"{number(row['right_overlap'], 2)} ({number(row['right_overlap_null'], 2)})",
-            f"{number(row['update_cosine'], 2)} (0 +- {number(row['update_cosine_null'], 1)})",
-            f"{number(row['sign_agreement'])} (0.5)",
-        )
+    for _, row in result.pairs().iterrows():
+        names = (Text(printable(row[at])) for at in ("first", "second"))
+        table.add_row(*names, *(write(row) for write in columns.values()))
     return table

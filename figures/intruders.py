@@ -38,11 +38,12 @@ from spectra import SpectraError
 from spectra.checkpoints import open_checkpoint
 from spectra.demo import real_pair
 from spectra.pairing import pair
-from spectra.report.drawing import BLACK, GREY, LINES
+from spectra.report.drawing import GREY, LINES
 
 HERE = Path(__file__).resolve().parent
 REAL, TRAINED = ("epsilon", "similarity", "rank"), ("runs", "thresholds", "lambda")
 SHOWN = 20  # leading directions of the similarity matrices
+TOP, PUBLISHED = 10, 0.5  # of which leading directions, and under which best cosine, the published intruders are
 NAMES = {"10k": "bert_ft_10k_25s", "ft": "bert_ft"}
 
 
@@ -84,9 +85,17 @@ def real(tables: dict[str, pd.DataFrame]) -> Figure:
     counts = tables["epsilon"]
     for (tuned, rows), style in zip(counts[counts["side"] == "left"].groupby("tuned"), LINES, strict=False):
         lines(left, rows["epsilon"], rows["intruders"], style, NAMES[str(tuned)], marked=False)
-    left.axvline(float(counts["cosine_null"].mean()), color=GREY, linestyle=":", label="random direction")
-    left.axvline(0.5, color=BLACK, linewidth=0.7, label="published threshold")
-    panel(left, "Intruders against the threshold", r"threshold $\varepsilon$", "intruders in all matrices")
+    panel(
+        left, "Intruders against the threshold", r"threshold $\varepsilon$", "intruders in all matrices", legend=False
+    )
+    left.set_ylim(bottom=0)
+    right_of_threshold = left.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0.5, 1))
+    right_of_threshold.set_in_layout(False)  # it lies inside, and would take room beside the panel
+    marks = ((float(counts["cosine_null"].mean()), ":", "a random direction"), (PUBLISHED, "-", "published"))
+    for at, stroke, words in marks:
+        left.axvline(at, color=GREY, linestyle=stroke, linewidth=1)
+        left.annotate(words, (at, 0.97), (-2, 0), left.get_xaxis_transform(), "offset points", rotation=90, fontsize=7,
+                      ha="right", va="top", color=GREY, in_layout=False)  # fmt: skip
     for (tuned, rows), style in zip(tables["rank"].groupby("tuned"), LINES, strict=False):
         medians = rows.groupby("layer")["effective_rank"]
         low, high = medians.quantile(0.25), medians.quantile(0.75)
@@ -99,15 +108,16 @@ def real(tables: dict[str, pd.DataFrame]) -> Figure:
     for ax, (name, cells) in zip(below, tables["similarity"].groupby("name", sort=False), strict=True):
         grid = cells.pivot(index="i", columns="j", values="cosine").to_numpy()
         image = ax.imshow(grid, cmap="cividis", vmin=0, vmax=1)
-        intruders = cells.groupby("j")["best_cosine"].first().to_numpy() < 0.5
-        found = np.flatnonzero(intruders)
-        ax.plot(found, np.full(len(found), -1.0), linestyle="none", marker="v", color="#D55E00", clip_on=False)
+        found = np.flatnonzero(cells.groupby("j")["best_cosine"].first().to_numpy()[:TOP] < PUBLISHED)
+        if len(found):  # an empty line that is not clipped has no box, and the layout none either
+            ax.plot(found, np.full(len(found), -1.0), linestyle="none", marker="v", color="#D55E00", clip_on=False)
+        ax.set_ylim(SHOWN - 0.5, -1.5)  # room for them
         short = str(name).removeprefix("bert.encoder.layer.").removesuffix(".dense.weight")
-        panel(ax, f"{short}: {intruders[:10].sum()} of the top 10", r"direction $j$ after", "$i$ before", legend=False)
+        panel(ax, f"{short}: {len(found)} of the top {TOP}", r"direction $j$ after", "$i$ before", legend=False)
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
     bar = figure.colorbar(image, ax=below, shrink=0.9)
-    bar.set_label(r"$|\langle u_i, y_j \rangle|$   (triangles: intruders)", fontsize=8)
+    bar.set_label(r"$|\langle u_i, y_j \rangle|$   (triangles: top-10 intruders)", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     return figure
 

@@ -22,11 +22,12 @@ MEASURES = (
     "low_rank", "low_rank_residual", "energy_rank_90", "energy_rank_99", "spectral_norm_base", "spectral_norm_tuned",
     "effective_rank_base", "effective_rank_tuned", "spectral_shift", "left_overlap", "right_overlap", "left_angle",
     "right_angle", "overlap_null",
-    "intruders", "lowest_best_cosine", "cosine_null", "rounding_floor", "below_rounding_floor", "unmoved_share",
+    "intruders", "spread_intruders", "lowest_best_cosine", "cosine_null", "rounding_floor", "below_rounding_floor",
+    "unmoved_share",
 )  # fmt: skip
 SOLVERS = ("base_algorithm", "tuned_algorithm")
 RESIDUALS = ("tuned_residual",)
-COUNTS = ("numerical_rank", "low_rank", "energy_rank_90", "energy_rank_99", "intruders")
+COUNTS = ("numerical_rank", "low_rank", "energy_rank_90", "energy_rank_99", "intruders", "spread_intruders")
 TEXTS = ("tuned", "name", "tensor", "part", "role", "status", "note", *STORED, *SOLVERS)
 COMPONENTS = (
     "component", "singular_value", "tuned_singular_value", "update_singular_value", "diagonal", "relative_diagonal",

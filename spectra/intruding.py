@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,15 @@ from spectra.jobs import CAN_FAIL, failed
 from spectra.labels import labelled
 from spectra.linalg.lowrank import LowRank
 from spectra.loading import BaseMatrix, Group
-from spectra.measures.familiarity import CLUSTER_GAP, Familiarity, Side, familiarity, tuned_triplets
+from spectra.measures.familiarity import (
+    NOT_CONVERGED,
+    SPOILED,
+    Familiarity,
+    Side,
+    familiarity,
+    tuned_triplets,
+)
+from spectra.measures.intruders import CLUSTER_GAP
 from spectra.pairing import Pair
 from spectra.tables_on_disk import Kind, load_tables, save_tables
 
@@ -67,9 +76,19 @@ class Intrusion:
         return int(self.provenance["options"]["k"])
 
     @property
+    def reach(self) -> int:
+        """k, or the most leading triplets that any matrix has where that is less."""
+        return min(self.k, int(self.triplets["index"].max()) + 1) if len(self.triplets) else self.k
+
+    @property
     def epsilon(self) -> float:
         """The threshold that was asked for."""
         return float(self.provenance["options"]["epsilon"])
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Whose directions were looked at: left, right, or both."""
+        return SIDES[self.provenance["options"]["side"]]
 
     @property
     def intruders(self) -> pd.DataFrame:
@@ -91,14 +110,15 @@ class Intrusion:
 
         epsilons = [self.epsilon] if epsilons is None else list(epsilons)
         ks = [self.k] if ks is None else list(ks)
-        if any(not 1 <= k <= self.k for k in ks):
-            raise SpectraError(f"k lies between 1 and {self.k}, of which triplets were looked at; find them with more")
+        if any(not isinstance(k, Integral) or not 1 <= k <= self.k for k in ks):
+            raise SpectraError(
+                f"k is a whole number between 1 and {self.k}, how many were looked at; find them with more"
+            )
         if any(not 0 <= epsilon <= 1 for epsilon in epsilons):
             raise SpectraError("a threshold on cosines lies between 0 and 1")
-        sides = SIDES[self.provenance["options"]["side"]]
         rows = []
         for tuned in dict.fromkeys(self.matrices["tuned"]):
-            for side in sides:
+            for side in self.sides:
                 of_side = self.triplets[(self.triplets["tuned"] == tuned) & (self.triplets["side"] == side)]
                 for k in ks:
                     for epsilon in epsilons:
@@ -163,7 +183,8 @@ def find_intruders(
         include, exclude, transposed, device, dtype, workers, cache, cache_limit, progress: as for `compare`.
         fast: iterate the leading triplets alone (see `tuned_triplets`).
     Returns: an `Intrusion`. A matrix that cannot be read has status "failed" and the reason; one that is the base's to
-        the last bit has status "unchanged" and no triplets.
+        the last bit has status "unchanged" and no triplets; one that is all zero, before or after, has no directions,
+        and its counts are missing. The notes of the provenance say how many needed a full SVD of W'.
     Raises: SpectraError for input that cannot be read or matched.
 
     >>> base = {"fc.weight": torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))}
@@ -171,8 +192,10 @@ def find_intruders(
     >>> find_intruders(base, tuned, k=1, epsilon=0.9).intruders[["index", "partner"]].values.tolist()
     [[0, 0]]
     """
-    if k < 1 or not 0 <= epsilon <= 1 or not 0 <= cluster_gap < 1:
-        raise SpectraError("k must be at least 1, epsilon between 0 and 1, and cluster_gap from 0 to below 1")
+    if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
+        raise SpectraError(f"k must be a whole number of directions, at least 1, not {k!r}")
+    if not 0 <= epsilon <= 1 or not 0 <= cluster_gap < 1:
+        raise SpectraError("epsilon must be between 0 and 1, and cluster_gap from 0 to below 1")
     if side not in SIDES:
         raise SpectraError(f"{side!r} is no side; give left, right or both")
     if dtype not in (None, torch.float32, torch.float64):
@@ -184,6 +207,7 @@ def find_intruders(
     options = {"k": k, "epsilon": epsilon, "side": side, "cluster_gap": cluster_gap, "fast": fast,
                "include": list(include), "exclude": list(exclude)}  # fmt: skip
     provenance = pairs.provenance(options, where)
+    provenance["notes"] += _full_decompositions(found)
     unmatched = [
         (label, item.name, item.side, item.reason)
         for label, pairing in pairs.pairings.items()
@@ -231,6 +255,10 @@ class _Search:
             dtype = self.dtype or (torch.float64 if wide else torch.float32)
             spectrum = base.spectrum(dtype)
             triplets = tuned_triplets(base.weight, spectrum, tuned, self.k, self.fast)
+            zero = [name for name, S in (("base", spectrum.S), ("tuned", triplets.S)) if S[0] == 0]
+            if zero:
+                note = f"the {' and the '.join(zero)} weight is all zero and has no directions"
+                return _Finding(label, pair, "compared", "; ".join(filter(None, (pair.note, note))))
             sides = {side: familiarity(spectrum, triplets, self.k, side, self.gap) for side in self.sides}
         except CAN_FAIL as error:
             return _failed(error, label, pair)
@@ -240,6 +268,17 @@ class _Search:
 
 def _failed(error: BaseException, label: str, pair: Pair, side: str | None = None) -> _Finding:
     return _Finding(label, pair, "failed", failed(error, label, pair, side).note)
+
+
+def _full_decompositions(found: Sequence[_Finding]) -> list[str]:
+    """Of how many matrices the full SVD was taken, by the reason for it."""
+    notes = []
+    for why in (NOT_CONVERGED, SPOILED):
+        count = sum(one.solvers[1].endswith(why) for one in found)
+        if count:
+            of_which = "1 matrix" if count == 1 else f"{count} matrices"
+            notes.append(f"the leading directions of {of_which} are from a full SVD of W', {why}")
+    return notes
 
 
 def _tabulated(

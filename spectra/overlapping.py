@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from math import sqrt
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,19 +31,19 @@ from spectra.measures.subspaces import (
     products,
 )
 from spectra.pairing import Pair
+from spectra.report.overlap_pairs import BASE, OF_SIDE, PAIRS, pooled_pairs
 from spectra.tables_on_disk import Kind, load_tables, save_tables
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from spectra.report.evidence import Finding
     from spectra.report.overlap_plots import OverlapPlots
 
 Source = Any  # a path, a hub id, a state dict, an nn.Module, or an open Checkpoint
 
 KIND = Kind("overlap", "overlap", "overlap.json", "overlap_")
 TABLES = ("matrices", "grids", "unmatched")
-BASE = "base"
-OF_SIDE = ("overlap", "overlap_null", "smallest_angle", "largest_angle", "smallest_angle_null", "largest_angle_null")
 MEASURES = (
     "first_rank", "second_rank", *(f"{side}_{name}" for side in ("left", "right") for name in OF_SIDE),
     "update_cosine", "update_cosine_null", "sign_agreement", "sign_agreement_null",
@@ -76,49 +77,44 @@ class Overlap:
         """The tuned models, in the order given."""
         return list(self.provenance["tuned"])
 
-    def pairs(self) -> pd.DataFrame:
+    def pairs(self, outliers: bool = False) -> pd.DataFrame:
         """A row per (first, second), all matrices together.
 
-        Overlaps and their nulls are means over the matrices, weighted by ||D_a||_F ||D_b||_F (by ||D||_F against the
-        base); `update_cosine` is that of the models' whole updates, `sign_agreement` that of all their entries.
+        Overlaps, angles and their nulls are means over the matrices that both moved, weighted by ||D_a||_F ||D_b||_F
+        (by ||D||_F against the base), and `sign_agreement` is of all their entries. `update_cosine` is that of the
+        whole updates: a matrix that one of the two left alone counts with D = 0, so that updates of different matrices
+        have cosine 0, and no overlap (NaN). A model that nowhere moved makes no pairs.
+
+        Args: outliers: whether matrices that moved as a retrained layer does, in either model, count; `compare` leaves
+            them out of its sums, too.
+        """
+        return pooled_pairs(self.matrices, self.labels, outliers)
+
+    def table(self, column: str = "left_overlap") -> pd.DataFrame:
+        """A column of `pairs()` as a symmetric matrix of the tuned models, on the diagonal a model with itself.
+
+        NaN where two models make no pair, or moved no matrix both.
         """
         import pandas as pd
 
-        compared = self.matrices[self.matrices["status"] == "compared"]
-        rows = []
-        for (first, second), group in compared.groupby(["first", "second"], sort=False):
-            a, b = group["first_norm"].to_numpy(), group["second_norm"].to_numpy()
-            weights = b if first == BASE else a * b
-            row: dict[str, Any] = {"first": first, "second": second, "matrices": len(group)}
-            for side in ("left", "right"):
-                for name in (f"{side}_overlap", f"{side}_overlap_null"):
-                    row[name] = float(np.average(group[name], weights=weights))
-            inner = (group["update_cosine"] * a * b).sum()
-            entries = group["entries"].to_numpy(dtype=np.float64)
-            row["update_cosine"] = float(inner / sqrt((a**2).sum() * (b**2).sum()))
-            row["update_cosine_null"] = float(sqrt((a**2 * b**2 / entries).sum() / ((a**2).sum() * (b**2).sum())))
-            row["sign_agreement"] = float(np.average(group["sign_agreement"], weights=entries))
-            row["sign_agreement_null"] = 0.5
-            rows.append(row)
-        columns = ["first", "second", "matrices", "left_overlap", "left_overlap_null", "right_overlap",
-                   "right_overlap_null", "update_cosine", "update_cosine_null", "sign_agreement",
-                   "sign_agreement_null"]  # fmt: skip
-        return pd.DataFrame(rows, columns=columns)
-
-    def table(self, column: str = "left_overlap") -> pd.DataFrame:
-        """A column of `pairs()` as a symmetric matrix of the tuned models; 1 on the diagonal."""
-        import pandas as pd
-
-        known = [name for name in self.pairs().columns if name not in ("first", "second", "matrices")]
+        known = [name for name in PAIRS if name.endswith(("overlap", "cosine", "agreement", "angle", "null"))]
         if column not in known:
             raise SpectraError(f"{column!r} is no column of the pairs; give one of {', '.join(known)}")
         labels = self.labels
-        values = pd.DataFrame(np.eye(len(labels)), index=labels, columns=labels)
-        values[values == 0] = np.nan
+        itself = np.nan if column.endswith("null") else 0.0 if column.endswith("angle") else 1.0
+        values = pd.DataFrame(np.full((len(labels), len(labels)), np.nan), index=labels, columns=labels)
+        for label in labels:
+            values.loc[label, label] = itself
         for row in self.pairs().to_dict("records"):
             if row["first"] != BASE:
                 values.loc[row["first"], row["second"]] = values.loc[row["second"], row["first"]] = row[column]
         return values
+
+    def diagnosis(self) -> list[Finding]:
+        """Sentences on every pair, each with the numbers that led to it: do the updates add up, cancel, or miss?"""
+        from spectra.report.overlap_sentences import overlap_findings
+
+        return overlap_findings(self.matrices, self.labels)
 
     def __repr__(self) -> str:
         words = [f"{row.first} x {row.second}: {row.left_overlap:.2f}" for row in self.pairs().itertuples()]
@@ -177,9 +173,12 @@ def overlap(
     'a and b: 1.00 left, 0.00 right'
     """
     j = i if j is None else j
-    if i < 1 or j < 1:
-        raise SpectraError("subspaces have at least 1 direction: i and j must be at least 1")
-    sources = labelled(tuned)
+    for count in (i, j):
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+            raise SpectraError(
+                f"subspaces have a whole number of directions: i and j must be at least 1, not {count!r}"
+            )
+    sources = labelled(tuned, taken=(BASE,))
     if BASE in sources:
         raise SpectraError(f"no tuned model may be called {BASE!r} here; give it another label")
     where = places(device, workers, None, 0)
@@ -232,10 +231,11 @@ class _Work:
         for one, (label, pair) in zip(found, group.pairs, strict=True):
             try:
                 X = _update(base, pair)
-                if X is None:
-                    one.rows.append(_row(BASE, label, pair, "unchanged", pair.note))
+                of_update = None if X is None else _Held(label, X, leading(X, max(self.i, self.j)))
+                if of_update is None or of_update.leading.rank == 0:
+                    one.rows.append(_row(BASE, label, pair, "unchanged", pair.note) | _norms(base))
                     continue
-                held.append(_Held(label, X, leading(X, max(self.i, self.j))))
+                held.append(of_update)
             except CAN_FAIL as error:
                 one.rows.append(_row(BASE, label, pair, "failed", failed(error, label, pair).note))
                 continue
@@ -250,16 +250,15 @@ class _Work:
         m, n = pair.matrix.rows, pair.matrix.columns
         i, j = min(self.i, first.leading.rank), min(self.j, second.leading.rank)
         row = _row(first.label, second.label, pair, "compared", pair.note)
-        if i == 0 or j == 0:
-            into.rows.append(row | {"status": "unchanged", "note": "an update, or the base, is zero"})
-            return
         row |= {"first_rank": i, "second_rank": j}
-        for side, d in (("left", m), ("right", n)):
+        if i == 0:
+            row["note"] = "; ".join(filter(None, (pair.note, "the base weight is all zero")))
+        for side, d in (("left", m), ("right", n)) if i else ():
             A, B = (h.leading.Y if side == "left" else h.leading.Z for h in (first, second))
             A, B = A[:, :i], B[:, :j]
             phi = overlaps(A, B)
-            angles = principal_angles(A, B)
-            values = (phi[-1, -1], overlap_null(d, i, j), angles[0], angles[-1], *angles_null(d, i, j))
+            angles, nulls = principal_angles(A, B), angles_null(d, i, j)
+            values = (phi[-1, -1], overlap_null(d, i, j), angles[0], nulls[0], angles[-1], nulls[1])
             row |= {f"{side}_{name}": float(value) for name, value in zip(OF_SIDE, values, strict=True)}
             into.grids += [
                 (first.label, second.label, pair.matrix.name, side, a + 1, b + 1, phi[a, b],
@@ -288,6 +287,12 @@ def _update(base: BaseMatrix, pair: Pair) -> Tensor | LowRank | None:
     W = base.weight
     wide = torch.float64 if torch.float64 in (W.dtype, tuned.dtype) else torch.float32
     return (tuned.double() - W.double()).to(wide)
+
+
+def _norms(base: BaseMatrix) -> dict[str, Any]:
+    """What a row says of sizes where nothing moved."""
+    W = base.weight
+    return {"first_norm": float(torch.linalg.vector_norm(W.double())), "second_norm": 0.0, "entries": W.numel()}
 
 
 def _row(first: str, second: str, pair: Pair, status: str, note: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,6 +68,21 @@ def test_ranks_are_of_every_block_matrix() -> None:
     ranks = table("rank")
     assert ranks.groupby("tuned").size().tolist() == [72, 72]
     assert ranks["effective_rank"].between(1, 256).all()
+
+
+def test_triangles_mark_the_intruders_that_the_title_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FIGURES)
+    intruders = import_module("intruders")
+    figure = intruders.real({name: table(name) for name in intruders.REAL})
+    figure.canvas.draw()
+    counts = []
+    for ax in figure.axes[2:4]:
+        marked = [line.get_xdata() for line in ax.lines]
+        title = ax.get_title(loc="left")
+        assert title.endswith(f": {sum(map(len, marked))} of the top 10")
+        assert all((np.asarray(at) < 10).all() for at in marked)
+        counts.append(sum(map(len, marked)))
+    assert counts[0] > 0 == counts[1]
 
 
 def test_lambda_one_is_the_tuned_model_and_zero_takes_intruders_out() -> None:

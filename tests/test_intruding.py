@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from spectra_cli.intruders import draw, show
 from torch import Tensor
 
+import spectra
 from spectra.errors import SpectraError
 from spectra.intruding import Intrusion, find_intruders
 from tests.reference.intruder_loop import count_intruders
@@ -208,7 +214,8 @@ def test_pictures_show_the_counts(example: Intrusion) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"k": 0}, "k must be"), ({"epsilon": 2}, "epsilon"), ({"side": "up"}, "no side"), ({"workers": 0}, "workers"),
+    [({"k": 0}, "k must be"), ({"k": 2.5}, "not 2.5"), ({"epsilon": 2}, "epsilon"),
+     ({"side": "up"}, "no side"), ({"workers": 0}, "workers"),
      ({"dtype": torch.float16}, "torch.float32")],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(options: dict[str, Any], words: str) -> None:
@@ -233,18 +240,107 @@ def test_a_matrix_that_is_not_finite_fails_alone() -> None:
     assert "NaN" in result.matrices["note"][0] and result.triplets["name"].unique().tolist() == ["b.weight"]
 
 
-def test_what_does_not_converge_is_solved_directly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectra.linalg.lapack import LapackError
-    from spectra.linalg.lowrank import LowRank
-    from spectra.linalg.svd import svd
-    from spectra.measures import familiarity as module
+def adapter(folder: Path, A: Tensor, B: Tensor) -> Path:
+    """A PEFT adapter of the module `fc` with the factors B A."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": len(A), "lora_alpha": len(A), "target_modules": ["fc"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    prefix = "base_model.model.fc.lora"
+    save_file({f"{prefix}_A.weight": A, f"{prefix}_B.weight": B}, folder / "adapter_model.safetensors")
+    return folder
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise LapackError("no convergence")
 
-    monkeypatch.setattr(module, "perturbed_triplets", refuse)
-    W = torch.randn(8, 6, dtype=torch.float64)
-    D = LowRank(torch.randn(8, 2), torch.randn(2, 6))
-    found = module.tuned_triplets(W, svd(W), D, 3)
-    assert "did not converge" in found.algorithm
-    torch.testing.assert_close(found.S, torch.linalg.svdvals(W + D.dense().double()))
+def test_what_does_not_converge_is_solved_directly_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Squares of 1e160 leave the range of float64, so that no eigenvalue of W'^T W' can be had."""
+    torch.manual_seed(0)
+    W = torch.randn(8, 6, dtype=torch.float64) * 1e160
+    A, B = torch.randn(2, 6, dtype=torch.float64), torch.randn(8, 2, dtype=torch.float64) * 1e160
+    result = find_intruders({"fc.weight": W}, adapter(tmp_path / "adapter", A, B), k=3)
+    (algorithm,) = result.matrices["tuned_algorithm"]
+    assert algorithm.endswith("of all of W', for its leading triplets did not converge")
+    expected = torch.linalg.svdvals((W + B @ A) / 1e160)[:3] * 1e160
+    np.testing.assert_allclose(result.triplets["tuned_singular_value"], expected, rtol=1e-9)
+    show(result, top=1)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "directions of 1 matrix are from a full SVD of W', for its leading triplets did not converge" in printed
+
+
+def test_what_squaring_would_spoil_is_solved_directly_and_says_so() -> None:
+    """Of k = 5 directions the last ones are 1e-6 of the first: good in float32, gone in its squares."""
+    generator = np.random.default_rng(6)
+    U, V = orthonormal(generator, 300, 5), orthonormal(generator, 200, 5)
+    W, tuned = ({"a.weight": torch.from_numpy((U * [1, 0.5, s, s / 2, s / 4]) @ V.T).float()} for s in (1e-2, 1e-5))
+    result = find_intruders(W, tuned, k=5)
+    assert "of all of W', for squaring would spoil" in result.matrices["tuned_algorithm"][0]
+    assert any("a full SVD of W', for squaring would spoil" in note for note in result.provenance["notes"])
+    assert not any("full SVD" in note for note in find_intruders(W, tuned, k=2).provenance["notes"])
+
+
+@pytest.mark.parametrize(("side", "zero"), [("base", (True, False)), ("tuned", (False, True))])
+def test_a_weight_of_zeros_has_no_directions(side: str, zero: tuple[bool, bool]) -> None:
+    states = [{"a.weight": torch.zeros(6, 5) if is_zero else torch.randn(6, 5)} for is_zero in zero]
+    result = find_intruders(*states, side="both")
+    (row,) = result.matrices.to_dict("records")
+    assert row["status"] == "compared" and f"the {side} weight is all zero" in row["note"]
+    assert pd.isna(row["left_intruders"]) and pd.isna(row["right_intruders"]) and result.triplets.empty
+    assert spectra.compare(*states).layers["intruders"].isna().all()
+
+
+def test_the_command_says_what_was_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    W = {"a.weight": torch.randn(8, 6), "b.weight": torch.randn(8, 4)}
+    tuned = {"a.weight": W["a.weight"] + torch.randn(8, 6), "b.weight": torch.full((8, 4), torch.nan)}
+    show(find_intruders(W, tuned, k=5000), top=1)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "among all left directions (at most 6 of a matrix)" in printed and "of 1 matrix (" in printed
+    show(find_intruders(W, tuned, k=6), top=1)
+    assert "among the top 6 left directions" in capsys.readouterr().out
+
+
+def test_pictures_of_both_sides_show_both(example: Intrusion, tmp_path: Path) -> None:
+    draw(example, tmp_path)
+    one = find_intruders({"a.weight": torch.eye(6)}, {"a.weight": torch.randn(6, 6)}, k=3)
+    draw(one, tmp_path / "one")
+    for name in ("intruders_epsilon.png", "intruders_k.png"):
+        both, single = (plt.imread(folder / name).shape[1] for folder in (tmp_path, tmp_path / "one"))
+        assert both == 2 * single
+
+
+def test_a_comparison_says_how_many_only_spread_and_what_was_solved_in_full() -> None:
+    """The sentences read the columns, of which an older result has no `spread_intruders`."""
+    planted = Planted(4, 272, 80)
+    left, right = (side[:, CLUSTER].sum(axis=1) / np.sqrt(8) for side in (planted.U, planted.V))
+    planted.add(left, right, 5.0)
+    planted.add(planted.weak(planted.U, 0), planted.weak(planted.V, 0), 29.5)
+    base, tuned = ({"a.weight": torch.from_numpy(X).float()} for X in (planted.W, planted.tuned))
+    result = spectra.compare(base, {"1": tuned, "2": tuned}, top=6)
+    assert result.layers["intruders"].tolist() == [2, 2]
+    layers = result.layers.assign(
+        spread_intruders=1, tuned_algorithm=["gram64", "gesdd64"], rows=[272, 1000], columns=[80, 80]
+    )
+    now = dataclasses.replace(result, layers=layers)
+    said = [str(each) for each in now.diagnosis() if each.tuned == "2"]
+    assert any("; 1 of them only spread over a cluster of base directions" in each for each in said)
+    assert any("of 1 matrix (a.weight) are from a full SVD of the tuned weight" in each for each in said)
+    assert not any("full SVD" in str(each) for each in now.diagnosis() if each.tuned == "1")
+    course = now.in_sequence({})
+    assert course.sequence()["spread_intruders"].tolist() == [1, 1]
+    assert any("and 1 of them only spread over clusters" in str(each) for each in course.diagnosis())
+    older = dataclasses.replace(result, layers=result.layers.drop(columns="spread_intruders", errors="ignore"))
+    assert not any("spread" in str(each) for each in older.diagnosis())
+    assert older.in_sequence({}).sequence()["spread_intruders"].isna().all()
+
+
+@pytest.mark.parametrize("shape", [(72, 80), (900, 80)])  # solved in stacks, and alone
+def test_a_comparison_counts_those_that_only_spread(shape: tuple[int, int]) -> None:
+    planted = Planted(4, *shape)
+    left, right = (side[:, CLUSTER].sum(axis=1) / np.sqrt(8) for side in (planted.U, planted.V))
+    planted.add(left, right, 5.0)
+    planted.add(planted.weak(planted.U, 0), planted.weak(planted.V, 0), 29.5)
+    base, tuned = ({"a.weight": torch.from_numpy(X).float()} for X in (planted.W, planted.tuned))
+    rows = spectra.compare(base, tuned).layers
+    assert rows[["intruders", "spread_intruders"]].values.tolist() == [[2, 1]]
+    assert planted.found("left").intruders["spread"].sum() == 1
+    same = spectra.compare(base, {"a.weight": base["a.weight"].clone()}).layers
+    assert same["spread_intruders"].tolist() == [0]

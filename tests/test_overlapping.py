@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from spectra_cli.overlap import show
 from torch import Tensor
 
+import spectra
+from spectra.definitions import definitions
 from spectra.errors import SpectraError
 from spectra.overlapping import Overlap, overlap
+from spectra.report.wording import number, percent
 from tests.reference import subspaces as reference
 from tests.reference.singular import svd
 from tests.strategies import orthonormal
@@ -126,6 +131,114 @@ def test_an_unchanged_matrix_has_no_directions(family: Family) -> None:
     assert row(result, "base", "same")["status"] == "unchanged"
     assert result.pairs()[["first", "second"]].values.tolist() == [["base", "a"]]
     assert np.isnan(result.table().loc["a", "same"])
+    assert [str(each) for each in result.diagnosis() if "Nothing moved in same" in str(each)]
+
+
+def of_two(*changes: tuple[int, ...]) -> list[dict[str, Tensor]]:
+    """A base of two matrices, and a model for each `changes`: the multiples of a fixed update for the two."""
+    generator = torch.Generator().manual_seed(3)
+    W = {name: torch.randn(M, N, generator=generator) for name in ("fc.weight", "fd.weight")}
+    D = {name: torch.randn(M, N, generator=generator) / 10 for name in W}
+    return [W, *({n: W[n] + t * D[n] for n, t in zip(W, times, strict=True)} for times in changes)]
+
+
+def test_a_matrix_that_one_left_alone_counts_in_the_cosine_of_whole_updates() -> None:
+    base, a, c = of_two((1, 1), (0, 1))
+    result = overlap(base, {"a": a, "c": c}, i=3)
+    pair = result.pairs().iloc[-1]
+    whole = [torch.cat([(model[name] - base[name]).double().flatten() for name in base]) for model in (a, c)]
+    expected = float(whole[0] @ whole[1] / whole[0].norm() / whole[1].norm())
+    assert pair["update_cosine"] == pytest.approx(expected, abs=1e-6) and expected < 0.8
+    assert pair[["matrices", "first_matrices", "second_matrices"]].tolist() == [1, 2, 1]
+    against = result.pairs().iloc[1]
+    weights, update = (torch.cat([each.flatten() for each in X.values()]).double() for X in (base, c))
+    update = update - weights
+    cosine = float(weights @ update / weights.norm() / update.norm())
+    assert against["second"] == "c" and against["update_cosine"] == pytest.approx(cosine, abs=1e-6)
+
+
+def test_updates_of_different_matrices_are_orthogonal() -> None:
+    base, a, b = of_two((1, 0), (0, 1))
+    result = overlap(base, {"a": a, "b": b}, i=3)
+    pair = result.pairs().iloc[-1]
+    assert pair[["first", "second", "matrices"]].tolist() == ["a", "b", 0]
+    assert pair["update_cosine"] == 0 and np.isnan(pair["left_overlap"])
+    assert result.table("update_cosine").loc["a", "b"] == 0
+    assert "different matrices (1 and 1 of them)" in str(result.diagnosis()[-1])
+    assert "no matrix was moved by two" in result.plot.heatmap("left_overlap").get_title(loc="left")
+
+
+def test_a_vocabulary_cut_in_one_model_is_not_held_against_the_other() -> None:
+    generator = torch.Generator().manual_seed(6)
+    base = {"wte.weight": torch.randn(12, 6, generator=generator), "h.0.mlp.c_fc.weight": torch.randn(6, 9)}
+    a, b = ({name: W + torch.randn(W.shape, generator=generator) for name, W in base.items()} for _ in range(2))
+    b["wte.weight"] = b["wte.weight"][:10]
+    pair = overlap(base, {"a": a, "b": b}, i=2).pairs().iloc[-1]
+    fc = "h.0.mlp.c_fc.weight"
+    assert pair[["matrices", "first_matrices", "second_matrices"]].tolist() == [1, 1, 1]
+    assert pair["first_norm"] == pytest.approx(float((a[fc] - base[fc]).norm()))
+
+
+def test_every_column_of_pairs_has_its_definition(result: Overlap) -> None:
+    assert set(result.pairs()) <= set(definitions()) and set(result.matrices) <= set(definitions())
+
+
+def test_diagnosis_tells_what_a_merge_would_be(result: Overlap) -> None:
+    said = {each.tuned: each for each in result.diagnosis()}
+    assert "share subspaces for different changes" in str(said["a, b"])
+    assert "oppose each other" in str(said["a, c"]) and "cancels" in str(said["a, c"])
+    # D_a - D_a / 2 is half as long as D_a, and orthogonal ones would give sqrt(5) / 2 of it.
+    assert said["a, c"].numbers["longer"] == pytest.approx(1 / 5**0.5)
+    for finding in result.diagnosis():
+        for value in finding.numbers.values():
+            words = (str(value), *(number(value, digits) for digits in (1, 2, 3)), percent(value))  # type: ignore[arg-type]
+            assert any(word in finding.text for word in words), (value, finding.text)
+    generator = torch.Generator().manual_seed(4)
+    base = {"fc.weight": torch.randn(90, 80, generator=generator)}
+    random = {label: {"fc.weight": base["fc.weight"] + torch.randn(90, 80, generator=generator)} for label in "pq"}
+    assert "They barely touch" in str(overlap(base, random).diagnosis()[-1])
+    agreeing = {"p": random["p"], "q": {"fc.weight": (random["p"]["fc.weight"] + base["fc.weight"]) / 2}}
+    assert "share subspaces and agree" in str(overlap(base, agreeing).diagnosis()[-1])
+
+
+def test_angles_stand_beside_their_nulls_in_the_tables(result: Overlap) -> None:
+    pair = result.pairs().set_index(["first", "second"]).loc[("a", "b")]
+    assert pair["left_largest_angle"] < 1e-6 < 0.5 < pair["left_largest_angle_null"]
+    assert pair["right_smallest_angle"] == pytest.approx(np.pi / 2)
+    table = result.table("left_largest_angle")
+    assert np.diag(table).tolist() == [0, 0, 0] and table.loc["b", "a"] == pair["left_largest_angle"]
+    assert result.plot.heatmap("left_largest_angle").images[0].get_clim() == (0, pytest.approx(np.pi / 2))
+
+
+def test_a_retrained_matrix_is_left_out_by_name_as_compare_does() -> None:
+    """Four matrices moved a little in unlike ways; the pooler was drawn anew, to the same weights in both models."""
+    generator = torch.Generator().manual_seed(5)
+    base = {f"h.{at}.weight": torch.randn(30, 30, generator=generator) for at in range(4)}
+    head = {"pooler.weight": 5 * torch.randn(30, 30, generator=generator)}
+    tuned = {
+        label: {name: W + 0.1 * torch.randn(30, 30, generator=generator) for name, W in base.items()} | head
+        for label in "ab"
+    }
+    base["pooler.weight"] = torch.randn(30, 30, generator=generator)
+    result = overlap(base, tuned, i=3)
+    pair, everything = result.pairs().iloc[-1], result.pairs(outliers=True).iloc[-1]
+    assert pair[["matrices", "left_out"]].tolist() == [4, 1]
+    assert everything[["matrices", "left_out"]].tolist() == [5, 0]
+    assert abs(pair["update_cosine"]) < 0.1 and everything["update_cosine"] > 0.9
+    assert [each.matrices for each in result.diagnosis() if "left out" in str(each)] == [["pooler.weight"]] * 2
+    apart = spectra.compare(base, tuned).diagnosis()
+    assert ["pooler.weight"] in [each.matrices for each in apart]
+
+
+def test_a_base_of_zeros_has_no_directions_and_its_update_a_size() -> None:
+    base = {"fc.weight": torch.zeros(6, 5), "fd.weight": torch.randn(6, 5)}
+    tuned = {label: {name: W + torch.randn(6, 5) for name, W in base.items()} for label in "ab"}
+    result = overlap(base, tuned, i=2)
+    first = row(result, "base", "a")
+    assert first["status"] == "compared" and "all zero" in first["note"] and np.isnan(first["left_overlap"])
+    assert first["second_norm"] == pytest.approx(float(tuned["a"]["fc.weight"].norm()))
+    assert result.pairs()["matrices"].tolist() == [2, 2, 2]
+    assert result.pairs()["left_overlap"].notna().all()
 
 
 def test_pictures(result: Overlap) -> None:
@@ -139,7 +252,8 @@ def test_pictures(result: Overlap) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"i": 0}, "at least 1"), ({"j": -1}, "at least 1"), ({"workers": 0}, "workers")]
+    ("options", "words"),
+    [({"i": 0}, "at least 1"), ({"j": -1}, "at least 1"), ({"i": 2.5}, "not 2.5"), ({"workers": 0}, "workers")],
 )
 def test_mistakes_are_one_sentence(family: Family, options: dict[str, Any], words: str) -> None:
     with pytest.raises(SpectraError, match=words):
@@ -151,3 +265,27 @@ def test_no_model_may_be_called_base(family: Family, result: Overlap) -> None:
         overlap(state(family.W), {"base": family.tuned["a"]})
     with pytest.raises(SpectraError, match="no column"):
         result.table("left")
+
+
+def test_a_folder_called_base_gets_another_label(family: Family, tmp_path: Path) -> None:
+    paths = [tmp_path / name / "base" / "model.safetensors" for name in ("before", "after")]
+    for path, W in zip(paths, (state(family.W), family.tuned["a"]), strict=True):
+        path.parent.mkdir(parents=True)
+        save_file(W, path)
+    result = overlap(paths[0].parent, paths[1].parent, i=2)
+    assert result.labels == ["base (2)"]
+    assert result.pairs()[["first", "second"]].values.tolist() == [["base", "base (2)"]]
+
+
+def test_the_command_says_that_nothing_moved(family: Family, capsys: pytest.CaptureFixture[str]) -> None:
+    show(overlap(state(family.W), {"same": state(family.W)}))
+    assert capsys.readouterr().out.startswith("Nothing moved in same")
+
+
+def test_the_command_prints_angles_and_what_they_mean(result: Overlap, capsys: pytest.CaptureFixture[str]) -> None:
+    show(result)
+    printed = capsys.readouterr().out
+    pair = result.pairs().set_index(["first", "second"]).loc[("base", "a")]
+    assert f"{pair['left_smallest_angle']:.2f}-{pair['left_largest_angle']:.2f} (" in printed
+    for finding in result.diagnosis():
+        assert str(finding) in " ".join(printed.split())

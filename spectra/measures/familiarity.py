@@ -1,13 +1,12 @@
 """How familiar the leading directions of a tuned weight are to its base: the measure behind intruder dimensions.
 
 Source: Shuttleworth, Andreas, Torralba, Sharma, *LoRA vs Full Fine-tuning: An Illusion of Equivalence* (arXiv
-2410.21228), for the best cosine of single vectors. The projection on a cluster is ours: inside (nearly) equal singular
-values the base has a subspace and no directions, and a tuned vector may spread over it without being new.
+2410.21228), for the best cosine of single vectors; that with a cluster is ours (`cluster_cosines`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,16 +18,17 @@ from spectra.linalg.lapack import LapackError
 from spectra.linalg.lowrank import LowRank
 from spectra.linalg.perturbed import perturbed_triplets
 from spectra.linalg.products import matmul
-from spectra.linalg.svd import Spectrum, svd
+from spectra.linalg.svd import TAIL, Spectrum, svd
 from spectra.linalg.triplets import Triplets, leading_triplets
-from spectra.measures.intruders import best_cosines, random_cosine
+from spectra.measures.intruders import CLUSTER_GAP, best_cosines, cluster_cosines, random_cosine
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Side = Literal["left", "right"]
-CLUSTER_GAP = 0.01  # base components whose singular values differ by a hundredth count as one cluster
-FELL_BACK = "of W', for its leading triplets did not converge"
+# Why leading triplets were taken from a full SVD of W'; `Triplets.algorithm` ends in it then.
+NOT_CONVERGED = "for its leading triplets did not converge"
+SPOILED = "for squaring would spoil its leading triplets"  # those under TAIL s'_0
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,14 @@ def familiarity(base: Spectrum, tuned: Triplets, k: int, side: Side, gap: float 
     best, partner = best_cosines(base, tuned, k, side)
     known = ~np.isnan(best)
     count = int(known.sum())
-    basis, vectors = (base.U, tuned.Y) if side == "left" else (base.V, tuned.Z)
-    squared = matmul(basis.T, vectors[:, :count].to(basis.dtype).contiguous()).double().square()  # (p, j)
-    S = base.S
-    s_i = S[torch.from_numpy(partner[:count]).to(S.device)]  # (j,)
-    rounding = max(base.shape) * torch.finfo(torch.float64).eps * S[0]
-    is_member = (S[:, None] - s_i).abs() <= gap * s_i + rounding  # (p, j)
+    basis = base.U if side == "left" else base.V
+    cluster, members = cluster_cosines(base, tuned, partner[:count], side, gap)
     return Familiarity(
         singular_value=tuned.S[:count].cpu().numpy(),
         best_cosine=best[known],
         partner=partner[known],
-        cluster_cosine=(squared * is_member).sum(0).sqrt().cpu().numpy(),
-        cluster_members=is_member.sum(0).cpu().numpy(),
+        cluster_cosine=cluster,
+        cluster_members=members,
         null=random_cosine(basis.shape[0], basis.shape[1]),
     )
 
@@ -95,12 +91,17 @@ def familiarity(base: Spectrum, tuned: Triplets, k: int, side: Side, gap: float 
 def tuned_triplets(weight: Tensor, base: Spectrum, tuned: Tensor | LowRank, count: int, fast: bool = False) -> Triplets:
     """The `count` leading triplets of W', without a full SVD of it where they converge.
 
+    They come from the base's spectrum and the update where the update comes as factors; of a dense W', whose update has
+    no small rank, from one reduction of its float64 Gram matrix. A float64 W' is decomposed in full: squaring it would
+    cost half of its digits.
+
     Args:
         weight: W (m x n) and `base`, its spectrum, with float64 vectors where `tuned` is an update.
         tuned: W', or the update D = W' - W as factors: then W' is not formed (see `perturbed_triplets`).
         fast: iterate those triplets alone by Lanczos: cosines are good to 1e-5 for a dense W', and a direction may be
-            missed where several singular values are equal. Otherwise they come from one tridiagonal reduction.
-    Returns: `Triplets`; where neither way converged, of a full float64 SVD of W', and `algorithm` says so.
+            missed where several singular values are equal.
+    Returns: `Triplets`; where no other way converged, or squaring would spoil the last of them, of a full float64 SVD
+        of W', and `algorithm` says so.
     Raises: NotFiniteError where W' is not finite; LapackError where no solver converges.
     """
     if isinstance(tuned, LowRank):
@@ -110,12 +111,19 @@ def tuned_triplets(weight: Tensor, base: Spectrum, tuned: Tensor | LowRank, coun
             except LapackError:
                 continue
         full = svd(weight.double() + tuned.c * matmul(tuned.B.double(), tuned.A.double()))
-        return Triplets(full.U[:, :count], full.S, full.V[:, :count], f"{full.algorithm} {FELL_BACK}")
+        return _in_full(Triplets(full.U[:, :count], full.S, full.V[:, :count], full.algorithm), NOT_CONVERGED)
     if fast and tuned.dtype == torch.float32 and tuned.device.type == "cpu":
         try:
             return lanczos_triplets(tuned, count)
         except LapackError:
             pass  # small, clustered or out of float32's range: the direct way copes
     found = leading_triplets(tuned, count)
-    is_direct = found.algorithm.startswith("ges") and tuned.dtype != torch.float64
-    return found if not is_direct else Triplets(found.Y, found.S, found.Z, f"{found.algorithm} {FELL_BACK}")
+    if tuned.dtype == torch.float64:
+        return found
+    if found.S[found.Y.shape[1] - 1] <= TAIL * found.S[0]:
+        return _in_full(found, SPOILED)
+    return _in_full(found, NOT_CONVERGED) if found.algorithm.startswith("ges") else found
+
+
+def _in_full(found: Triplets, why: str) -> Triplets:
+    return replace(found, algorithm=f"{found.algorithm} of all of W', {why}")

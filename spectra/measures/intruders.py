@@ -1,7 +1,9 @@
 """Intruder dimensions: leading directions of the tuned weight that no direction of the base resembles.
 
 Source: Shuttleworth, Andreas, Torralba, Sharma, *LoRA vs Full Fine-tuning: An Illusion of Equivalence* (arXiv
-2410.21228): the left singular vector y_j, j < k, of W' is an intruder where max_i |<u_i, y_j>| < epsilon.
+2410.21228): the left singular vector y_j, j < k, of W' is an intruder where max_i |<u_i, y_j>| < epsilon. The
+projection on a cluster is ours: inside (nearly) equal singular values the base has a subspace and no directions, and a
+tuned vector may spread over it without being new.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from spectra.linalg.triplets import Triplets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+CLUSTER_GAP = 0.01  # base components whose singular values differ by a hundredth count as one cluster
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,28 @@ def best_cosines(
     Y = vectors[..., : s.shape[-1]].to(basis.dtype).contiguous()
     best, partner = matmul(basis.mT, Y).abs().max(-2)  # (p, k), its maximum over p
     return torch.where(has_direction, best.double(), torch.nan).cpu().numpy(), partner.cpu().numpy()
+
+
+def cluster_cosines(
+    base: AnySpectrum,
+    tuned: AnyTriplets,
+    partner: NDArray[np.intp],
+    side: Literal["left", "right"] = "left",
+    gap: float = CLUSTER_GAP,
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Norms of the projections of y_j on the base components near its partner i, |s_l - s_i| <= gap s_i, and how many
+    those are: (k,) each, (b, k) of a stack.
+
+    Args: partner: (k,) or (b, k), as `best_cosines` gives it.   Cost: 2 d k p flops.
+    """
+    basis, vectors = (base.U, tuned.Y) if side == "left" else (base.V, tuned.Z)
+    Y = vectors[..., : partner.shape[-1]].to(basis.dtype).contiguous()
+    squared = matmul(basis.mT, Y).double().square()  # (p, k)
+    S = base.S
+    s_i = torch.take_along_dim(S, torch.from_numpy(partner).to(S.device), -1)[..., None, :]  # (1, k)
+    rounding = max(base.shape) * torch.finfo(torch.float64).eps * S[..., :1, None]
+    is_member = (S[..., None] - s_i).abs() <= gap * s_i + rounding  # (p, k)
+    return (squared * is_member).sum(-2).sqrt().cpu().numpy(), is_member.sum(-2).cpu().numpy()
 
 
 def random_cosine(dimension: int, count: int) -> float:

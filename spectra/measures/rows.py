@@ -14,7 +14,7 @@ from spectra.linalg.svd import Spectrum
 from spectra.linalg.triplets import Triplets
 from spectra.measures.covariance import data_free_diagonal
 from spectra.measures.decomposition import Decomposition
-from spectra.measures.intruders import best_cosines, random_cosine
+from spectra.measures.intruders import best_cosines, cluster_cosines, random_cosine
 from spectra.measures.rounding import FLOOR_FACTOR, Rounding
 from spectra.measures.whole import (
     cosine,
@@ -48,6 +48,7 @@ UNCHANGED: dict[str, Any] = {
     "energy_rank_99": 0,
     "spectral_shift": 0.0,
     "intruders": 0,
+    "spread_intruders": 0,
     "unmoved_share": 1.0,
 }
 
@@ -191,7 +192,8 @@ def _leading_directions(base: AnySpectrum, tuned: AnyTriplets, top: int, epsilon
     """How the leading directions of W' lie to those of W; a zero matrix has none."""
     none = ((base.S[..., 0] == 0) | (tuned.S[..., 0] == 0)).cpu().numpy()
     left, right = (subspace_overlap(base, tuned, side, top) for side in ("left", "right"))
-    best = best_cosines(base, tuned, top)[0]
+    best, partner = best_cosines(base, tuned, top)
+    spread = (best < epsilon) & (cluster_cosines(base, tuned, partner)[0] >= epsilon)
     lowest = np.where(np.isnan(best), np.inf, best).min(-1)
     measures: dict[str, Array] = {
         "left_overlap": left.overlap,
@@ -203,7 +205,8 @@ def _leading_directions(base: AnySpectrum, tuned: AnyTriplets, top: int, epsilon
         "cosine_null": np.array(random_cosine(base.shape[0], min(base.shape))),
     }
     known = {name: np.where(none, np.nan, measure) for name, measure in measures.items()}
-    return {**known, "intruders": _missing((best < epsilon).sum(-1), none)}
+    counts = {"intruders": best < epsilon, "spread_intruders": spread}
+    return {**known, **{name: _missing(found.sum(-1), none) for name, found in counts.items()}}
 
 
 def _components(

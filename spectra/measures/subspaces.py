@@ -2,14 +2,17 @@
 
 Sources: phi from Hu et al., *LoRA* (2021), section 7.2. Angles after Björck and Golub, *Numerical methods for
 computing angles between linear subspaces* (1973): large ones from cosines, small ones from sines, since arccos loses
-half of all digits near 1. The null of the angles is the edge of the limiting spectrum of a product of two random
-projections (Wachter, *The limiting empirical measure of multiple discriminant ratios*, 1980).
+half of all digits near 1. The squared cosines of random subspaces are the eigenvalues of a Jacobi ensemble, drawn here
+as in Edelman and Sutton, *The beta-Jacobi matrix model, the CS decomposition, and generalized singular value problems*
+(2008); of large subspaces they fill the interval of Wachter, *The limiting empirical measure of multiple discriminant
+ratios* (1980).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import acos, pi, sqrt
+from functools import lru_cache
+from math import acos, sqrt
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 BLOCK = 1 << 20  # entries of an update that are formed in float64 at once
+DRAWN = 256  # directions up to which the null of the angles is drawn; at the edges of more it is a hundredth off
+DRAWS = 8192  # of a single angle; of i angles the extremes spread less, and an i-th of them does
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,13 @@ def leading(X: Tensor | LowRank, count: int) -> Leading:
         Q_A, R_A = torch.linalg.qr(X.A.double().T)  # (n, r), (r, r)
         core = svd(X.c * matmul(R_B, R_A.T))
         Y, S, Z = matmul(Q_B, core.U), core.S, matmul(Q_A, core.V)
-        digits = torch.float64
     else:
         found = leading_triplets(X, count)
         Y, S, Z = found.Y.double(), found.S, found.Z.double()
-        digits = torch.float64 if X.dtype == torch.float64 else torch.float32
-    zero = max(X.shape) * torch.finfo(digits).eps * S[0]
+    if isinstance(X, LowRank) or X.dtype == torch.float64:
+        zero = max(X.shape) * torch.finfo(torch.float64).eps * S[0]
+    else:  # what storing X in float32 moves its singular values by at the most: ||E||_F <= eps / 2 ||X||_F
+        zero = sqrt(min(X.shape)) * torch.finfo(torch.float32).eps * S[0]
     count = min(count, Y.shape[1], int((zero < S).sum()))
     return Leading(Y[:, :count], S[:count], Z[:, :count])
 
@@ -103,18 +109,45 @@ def principal_angles(A: Tensor, B: Tensor) -> Array:
     return angles
 
 
+@lru_cache(maxsize=1024)
 def angles_null(dimension: int, i: int, j: int) -> tuple[float, float]:
-    """About the smallest and the largest principal angle of independent random subspaces of dimensions i and j of R^d.
+    """The mean smallest and largest principal angle of independent random subspaces of dimensions i and j of R^d.
 
-    With a = i / d and b = j / d the squared cosines lie between (sqrt(a (1 - b)) -+ sqrt(b (1 - a)))^2; exact for large
-    d, and a few hundredths off at d = 100. Subspaces with i + j > d intersect: their smallest angle is 0.
+    Radians, to about a hundredth. Subspaces with i + j > d intersect: their smallest angle is 0, and the others are
+    those of their complements. One direction makes one angle with a subspace, which is both.
+
+    >>> smallest, largest = angles_null(64, 1, 1)
+    >>> round(smallest, 1), smallest == largest
+    (1.5, True)
     """
     if max(i, j) == dimension:
         return 0.0, 0.0
-    a, b = i / dimension, j / dimension
-    edges = [abs(sqrt(a * (1 - b)) + sign * sqrt(b * (1 - a))) for sign in (1, -1)]
-    smallest, largest = (acos(min(1.0, edge)) for edge in edges)
-    return (0.0 if i + j > dimension else smallest), min(largest, pi / 2)
+    if i + j > dimension:
+        return 0.0, angles_null(dimension, dimension - i, dimension - j)[1]
+    i, j = sorted((i, j))
+    if i > DRAWN:
+        a, b = i / dimension, j / dimension
+        largest, least = (abs(sqrt(a * (1 - b)) + sign * sqrt(b * (1 - a))) for sign in (1, -1))  # cosines
+        return acos(min(1.0, largest)), acos(least)
+    cosines = _random_cosines(dimension, i, j, max(16, DRAWS // i))  # (draws, i), descending
+    smallest, largest = np.arccos(cosines[:, [0, -1]]).mean(axis=0)
+    return float(smallest), float(largest)
+
+
+def _random_cosines(dimension: int, i: int, j: int, draws: int) -> Array:
+    """Cosines of the principal angles of random subspaces, i <= j, i + j <= d: (draws, i), descending, the same ones
+    every time. They are the singular values of a bidiagonal matrix of independent beta variables: O(i^3) a draw.
+    """
+    generator = np.random.default_rng(0)
+    k = np.arange(i, 0, -1)
+    c = np.sqrt(generator.beta((j - i + k) / 2, (dimension - j - i + k) / 2, size=(draws, i)))
+    inner = np.sqrt(generator.beta(k[1:] / 2, (dimension - 2 * i + 1 + k[1:]) / 2, size=(draws, i - 1)))
+    B, at = np.zeros((draws, i, i)), np.arange(i)
+    B[:, at, at] = c
+    B[:, at[1:], at[1:]] *= np.sqrt(1 - inner**2)
+    B[:, at[:-1], at[1:]] = -np.sqrt(1 - c[:, :-1] ** 2) * inner
+    cosines: Array = np.linalg.svd(B, compute_uv=False).clip(0, 1)
+    return cosines
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ SENTENCES = (
     spectrum.rank,
     spectrum.intruders,
     spectrum.leading_directions,
+    spectrum.full_decompositions,
     size.rounding,
     size.unchanged,
     size.failed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -42,7 +41,7 @@ class IntruderPlots:
         ax.axvline(self.result.epsilon, color=BLACK, linestyle="-", linewidth=0.7, label="threshold in use")
         ax.set_xlim(0, 1)
         message = "intruder dimensions against the threshold"
-        words = f"{side} singular vectors, top {k or self.result.k}"
+        words = f"{side} singular vectors, top {k or self.result.reach}"
         label(ax, message, words, r"threshold $\varepsilon$ on the best cosine", "intruders in all matrices")
         legend_below(ax, 2)
         return ax
@@ -54,7 +53,7 @@ class IntruderPlots:
         ax = _axes(ax)
         side = self._side(side)
         epsilon = self.result.epsilon if epsilon is None else epsilon
-        counts = self.result.counts([epsilon], range(1, self.result.k + 1))
+        counts = self.result.counts([epsilon], range(1, self.result.reach + 1))
         self._lines(ax, counts[counts["side"] == side], "k", marked=True)
         _whole_numbers(ax)
         message = "intruder dimensions among the leading directions"
@@ -91,10 +90,8 @@ class IntruderPlots:
         return ax
 
     def _side(self, side: Side | None) -> Side:
-        asked = self.result.provenance["options"]["side"]
-        sides: Sequence[Side] = ("left", "right") if asked == "both" else (asked,)
-        chosen = sides[0] if side is None else side
-        known(chosen, sides, "a side that was looked at")
+        chosen = self.result.sides[0] if side is None else side
+        known(chosen, self.result.sides, "a side that was looked at")
         return chosen
 
     def _lines(self, ax: Axes, counts: object, x: str, marked: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan, pi
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from spectra.errors import SpectraError
 from spectra.report.choosing import full_name
 from spectra.report.drawing import Array, label, letters, plain
+from spectra.report.overlap_pairs import BASE
 from spectra.report.wording import number, shorten
 
 if TYPE_CHECKING:
@@ -21,6 +23,10 @@ WORDS = {
     "right_overlap": r"overlap $\varphi$ of input directions",
     "update_cosine": "cosine of the updates",
     "sign_agreement": "share of entries of one sign",
+    "left_smallest_angle": "smallest angle between output directions (radians)",
+    "left_largest_angle": "largest angle between output directions (radians)",
+    "right_smallest_angle": "smallest angle between input directions (radians)",
+    "right_largest_angle": "largest angle between input directions (radians)",
 }
 
 
@@ -32,11 +38,14 @@ class OverlapPlots:
 
     def heatmap(
         self,
-        column: Literal["left_overlap", "right_overlap", "update_cosine", "sign_agreement"] = "left_overlap",
+        column: str = "left_overlap",
         *,
         ax: Axes | None = None,
     ) -> Axes:
-        """The matrix of pairs: how alike the updates of the tuned models are, in every cell its number."""
+        """The matrix of pairs: how alike the updates of the tuned models are, in every cell its number.
+
+        Args: column: an overlap, `update_cosine`, `sign_agreement`, or a principal angle, as in `pairs()`.
+        """
         if column not in WORDS:
             raise SpectraError(f"{column!r} cannot be drawn as pairs; give one of {', '.join(WORDS)}")
         labels = self.result.labels
@@ -45,19 +54,20 @@ class OverlapPlots:
         ax = _axes(ax)
         values = self.result.table(column).to_numpy()
         low = -1.0 if column == "update_cosine" else 0.0
-        _image(ax, values, low, WORDS[column])
+        high = pi / 2 if column.endswith("angle") else 1.0
+        _image(ax, values, low, high, WORDS[column])
         size = letters(ax)
         names = [plain(shorten(name, 16)) for name in labels]
         ax.set_xticks(range(len(labels)), names, rotation=30, ha="right")
         ax.set_yticks(range(len(labels)), names)
         for (row, at), value in np.ndenumerate(values):
-            dark = (value - low) / (1 - low) < 0.55
+            dark = (value - low) / (high - low) < 0.55
             ax.text(at, row, number(value, 2), ha="center", va="center", fontsize=size,
                     color="white" if dark else "black")  # fmt: skip
         pairs = self.result.pairs()
         null = "" if column == "update_cosine" else f"{column}_null"
-        random = 0.0 if not null else float(pairs[pairs["first"] != "base"][null].mean())
-        subject = f"random updates: {number(random, 2)}" if random else "random updates: 0"
+        random = float(pairs[pairs["first"] != BASE][null].mean()) if null else 0.0
+        subject = "no matrix was moved by two" if isnan(random) else f"random updates: {number(random, 2)}"
         label(ax, "how alike the updates are", subject, "", "")
         return ax
 
@@ -80,7 +90,7 @@ class OverlapPlots:
         rows = chosen[chosen["name"] == name]
         values = rows.pivot(index="i", columns="j", values="overlap")
         ax = _axes(ax)
-        _image(ax, values.to_numpy(), 0.0, r"overlap $\varphi$")
+        _image(ax, values.to_numpy(), 0.0, 1.0, r"overlap $\varphi$")
         ax.set_xticks(range(len(values.columns)), [str(j) for j in values.columns])
         ax.set_yticks(range(len(values.index)), [str(i) for i in values.index])
         message = f"{plain(first)} against {plain(second)}, {side} directions"
@@ -88,8 +98,8 @@ class OverlapPlots:
         return ax
 
 
-def _image(ax: Axes, values: Array, low: float, words: str) -> None:
-    image = ax.imshow(values, cmap="cividis", vmin=low, vmax=1.0)
+def _image(ax: Axes, values: Array, low: float, high: float, words: str) -> None:
+    image = ax.imshow(values, cmap="cividis", vmin=low, vmax=high)
     figure = ax.get_figure()
     assert figure is not None
     bar = figure.colorbar(image, ax=ax, shrink=0.85)

@@ -6,13 +6,14 @@ import math
 
 from spectra.report import summary
 from spectra.report.evidence import NAME_WIDTH, NOTABLE, Evidence, Finding, Numbers
-from spectra.report.wording import count, counted, matrices, number, percent, shorten
+from spectra.report.wording import count, counted, listed, matrices, number, percent, shorten
 
 ALIGNED = 2.0  # times its null, above which the diagonal is more than chance
 HELD = 0.25  # of what the diagonal says to first order, below which singular values did not really change
 MOVED = 1e-6  # of s_0: a smaller change of a singular value is none
 MOSTLY = 0.6  # of the components, above which their common sign is worth a sentence
 AGREEMENT = 0.8  # of the matrices at one small numerical rank, above which an update looks like a merged adapter
+SMALL = (128, 65536)  # short side and entries up to which matrices are solved in stacks, a few of them in full
 LITERATURE = "Shuttleworth et al. (arXiv 2410.21228)"
 
 
@@ -174,6 +175,11 @@ def intruders(evidence: Evidence) -> Finding | None:
     if len(hit):
         numbers["most"] = int(hit["intruders"].iloc[0])
         text += f", {numbers['most']} of them in {shorten(hit['name'].iloc[0], NAME_WIDTH)}"
+    spread = int(rows["spread_intruders"].sum()) if "spread_intruders" in rows else 0  # an older result has none
+    if spread:
+        numbers["spread_intruders"] = spread
+        no_news = "are no new directions" if spread > 1 else "is no new direction"
+        text += f"; {spread} of them only spread over a cluster of base directions, and {no_news}"
     text += (
         f"; the lowest best cosine with any base direction is {number(lowest['lowest_best_cosine'])}, in "
         f"{shorten(lowest['name'], NAME_WIDTH)}, where a random direction has about {number(lowest['cosine_null'])}."
@@ -182,6 +188,21 @@ def intruders(evidence: Evidence) -> Finding | None:
         text += f" {LITERATURE} found such directions to go with forgetting in the models that they studied: "
         text += "a reason to test the base's own task, no proof."
     return Finding(text, numbers, evidence.tuned, list(hit["name"]))
+
+
+def full_decompositions(evidence: Evidence) -> Finding | None:
+    """Of how many matrices the leading directions cost a direct SVD of W', where they usually do not."""
+    rows = evidence.compared
+    could = (rows["update_form"] == "dense") & (rows["tuned_dtype"] != "float64")
+    small = (rows[["rows", "columns"]].min(axis=1) <= SMALL[0]) & (rows["rows"] * rows["columns"] <= SMALL[1])
+    names = list(rows["name"][could & ~small & rows["tuned_algorithm"].str.startswith("ges")])
+    if not names:
+        return None
+    text = (
+        f"The leading directions of {matrices(len(names))} ({listed(names, width=NAME_WIDTH)}) are from a full SVD of "
+    )
+    text += "the tuned weight, for their own solver did not converge."
+    return Finding(text, {"full_decompositions": len(names)}, evidence.tuned, names)
 
 
 def leading_directions(evidence: Evidence) -> Finding | None:

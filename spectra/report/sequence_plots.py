@@ -49,7 +49,7 @@ WORDS = {
     "score": "score on the new task",
     "forgetting": "forgetting",
 }
-PANELS = ("intruders", "relative_update", "energy", "overlap", "effective_rank")
+PANELS = ("intruders", "rotation", "energy", "scores", "relative_update", "overlap", "effective_rank", "spectral_shift")
 
 
 def draw_sequence(result: Comparison, quantity: str, ax: Axes) -> Axes:
@@ -88,11 +88,10 @@ def draw_sequence(result: Comparison, quantity: str, ax: Axes) -> Axes:
 
 
 def draw_overview(result: Comparison, figure: Figure) -> None:
-    """The panels of a sequence: intruders, size, energy, overlaps, rank, and scores where they are known."""
+    """The panels of a sequence, those that have values: intruders, rotation, energy, scores, then sizes and ranks."""
     table = sequence_table(result)
-    last = "scores" if table[["score", "forgetting"]].notna().any(axis=None) else "spectral_shift"
-    panels = [name for name in (*PANELS, last) if table[list(SEVERAL.get(name, (name,)))].notna().any(axis=None)]
-    axes = figure.subplots(2, 3, squeeze=False).ravel()
+    panels = [name for name in PANELS if table[list(SEVERAL.get(name, (name,)))].notna().any(axis=None)]
+    axes = figure.subplots(2, -(-len(panels) // 2), squeeze=False).ravel()
     for ax, name in zip(axes, panels, strict=False):
         draw_sequence(result, name, ax)
     for ax in axes[len(panels) :]:
@@ -144,7 +143,14 @@ def _vertical(ax: Axes, quantity: str, table: pd.DataFrame) -> None:
     elif quantity in ("intruders", "matrices_with_intruders"):
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylim(bottom=0, top=None if table[quantity].max() > 0 else 1)
-    elif quantity in ("relative_update", "spectral_shift", "effective_rank", "stable_rank", "energy_rank_90"):
+    elif quantity in (
+        "relative_update",
+        "rotation",
+        "spectral_shift",
+        "effective_rank",
+        "stable_rank",
+        "energy_rank_90",
+    ):
         ax.set_ylim(bottom=0)
 
 

@@ -38,6 +38,7 @@ HEADINGS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("sv x", "diagonal_enrichment", lambda value: number(value, 2)),
     ("turn", "off_diagonal_share", percent),
     ("out", "outside_share", percent),
+    ("rot", "rotation", lambda value: number(value, 2)),
     ("kept", "left_overlap", lambda value: f"{value:.2f}"),
     ("eff", "effective_rank", number),
     ("intr", "intruders", _count),
@@ -46,7 +47,7 @@ HEADINGS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 LEGEND = (
     "update, sv x, turn, out: pooled over the same matrices in every model, as in the tables of single models; "
-    "kept, eff: medians; intr: the sum of the intruders"
+    "rot (first-order angles, radians), kept, eff: medians; intr: the sum of the intruders"
 )
 LEGEND_OF_SCORES = "; score: of the new task; lost: forgetting"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spectra.errors import SpectraError
-from spectra.report.sequence_table import SCORES, check_scores, steps_of
+from spectra.report.sequence_table import SCORES, checked_scores, steps_of
 from spectra.report.wording import printable
 
 SUMMARY, METRICS, EVALUATIONS = "summary.json", "metrics.jsonl", "continual_evaluations.parquet"
@@ -37,14 +37,13 @@ def scores_from(file: str | os.PathLike[str], labels: Sequence[str]) -> dict[str
     if "label" not in table or not wanted:
         found = ", ".join(map(printable, table.columns))
         raise SpectraError(f"{file} has the columns {found}; give label, and score or forgetting")
-    scores: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, Any]] = {}
     for row in table.to_dict("records"):
         label = str(row["label"])
         if label in scores:
             raise SpectraError(f"{file} names the model {printable(label)!r} twice; keep one of the lines")
-        scores[label] = {name: _number(row[name], name, label, file) for name in wanted if not pd.isna(row[name])}
-    check_scores(scores, labels, str(file))
-    return scores
+        scores[label] = {name: row[name] for name in wanted}
+    return checked_scores(scores, labels, str(file))
 
 
 def scores_beside(sources: Mapping[str, str]) -> tuple[dict[str, dict[str, float]], list[str]]:
@@ -115,12 +114,3 @@ def _of_stage(file: Path, folder: str) -> dict[str, float | None]:
     own = rows[rows["kind"] == "retained"].set_index(["stage", "task"])["score"]
     lost = (own.loc[0] - own.loc[number]).mean() if {0, number} <= set(own.index.get_level_values(0)) else None
     return {"score": learnt.mean(), "forgetting": lost}
-
-
-def _number(value: Any, name: str, label: str, file: Any) -> float:
-    try:
-        return float(value)
-    except ValueError as error:
-        raise SpectraError(
-            f"{file} gives {printable(label)!r} the {name} {printable(str(value))!r}, which is no number"
-        ) from error

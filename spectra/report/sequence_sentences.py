@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from spectra.comparison import Comparison
 
 
+ANGLE = 0.3  # radians, up to which first-order angles are angles
+
+
 def over_the_sequence(result: Comparison) -> list[Finding]:
     """What happened from model to model, a sentence a measure; none where no two models have it."""
     table = sequence_table(result)
-    found = [sentence(table) for sentence in (_size, _intruders, _energy, _overlap, _rank, _scores)]
+    found = [sentence(table) for sentence in (_size, _intruders, _energy, _rotation, _overlap, _rank, _scores)]
     return [finding for finding in found if finding is not None]
 
 
@@ -48,6 +51,10 @@ def _intruders(table: pd.DataFrame) -> Finding | None:
         where = int(table["matrices_with_intruders"].iloc[-1])
         numbers["matrices_with_intruders"] = where
         text += f"; the last ones are in {matrices(where)}"
+        spread = int(table["spread_intruders"].fillna(0).iloc[-1])
+        if spread:
+            numbers["spread_intruders"] = spread
+            text += f", and {spread} of them only spread over clusters of base directions"
     return _finding(table, f"{text}.", numbers)
 
 
@@ -60,6 +67,19 @@ def _energy(table: pd.DataFrame) -> Finding | None:
     text = f"The share of the update's energy that turns directions {course[0]}; singular values hold "
     text += f"{number(first, 2)} times what chance would give them at first and {number(last, 2)} at last."
     return _finding(table, text, course[1] | {"enrichment_first": first, "enrichment_last": last})
+
+
+def _rotation(table: pd.DataFrame) -> Finding | None:
+    course = _course(table, "rotation")
+    if course is None:
+        return None
+    text = f"The median component's first-order angle (radians) {course[0]}"
+    text += (
+        f"; above {ANGLE} it is no angle any more, and large where singular values crowd."
+        if float(course[1]["last"]) > ANGLE
+        else "."
+    )
+    return _finding(table, text, course[1])
 
 
 def _overlap(table: pd.DataFrame) -> Finding | None:

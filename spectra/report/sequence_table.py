@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +28,9 @@ MEDIANS = (
 OF_COMPONENTS = ("stability", "rotation")
 COLUMNS = (
     "tuned", "order", "step", "matrices", "relative_update", *POOLED, "diagonal_enrichment", "spectral_shift",
-    *OF_COMPONENTS, *MEDIANS, "intruders", "matrices_with_intruders", "lowest_best_cosine", *SCORES,
+    *OF_COMPONENTS, *MEDIANS, "intruders", "spread_intruders", "matrices_with_intruders", "lowest_best_cosine", *SCORES,
 )  # fmt: skip
-COUNTS = ("order", "step", "matrices", "intruders", "matrices_with_intruders")
+COUNTS = ("order", "step", "matrices", "intruders", "spread_intruders", "matrices_with_intruders")
 
 
 def is_sequence(result: Comparison) -> bool:
@@ -42,9 +43,10 @@ def in_sequence(result: Comparison, scores: Scores | None = None, notes: Sequenc
 
     Args:
         scores: label -> "score" (of the new task) and "forgetting" (of the old one), either or both, for any of the
-            models; None: what stands in runs beside the checkpoints.
+            models, None or NaN for a gap; None: what stands in runs beside the checkpoints.
         notes: what is to be said of the order.
-    Raises: SpectraError for fewer than two models, and for scores of a model or a name that is not there.
+    Raises: SpectraError for fewer than two models, for scores of a model or a name that is not there, and for what is
+        no number.
     """
     labels = _labels(result)
     if scores is None:
@@ -52,23 +54,44 @@ def in_sequence(result: Comparison, scores: Scores | None = None, notes: Sequenc
 
         scores, found = scores_beside(_sources(result, labels))
         notes = (*notes, *found)
-    check_scores(scores, labels, "the scores")
-    kept = {label: {name: float(value) for name, value in scores[label].items()} for label in labels if label in scores}
+    known = checked_scores(scores, labels, "the scores")
+    kept = {label: known[label] for label in labels if label in known}
     said = [*result.provenance.get("notes", ()), *(note for note in notes if note)]
     return replace(result, provenance={**result.provenance, "notes": said, KEY: {"scores": kept}})
 
 
-def check_scores(scores: Scores, labels: Sequence[str], source: str) -> None:
-    """Raises SpectraError where `scores` are of a model that is none of `labels`, or of a kind that is not known."""
+def checked_scores(scores: Any, labels: Sequence[str], source: str) -> dict[str, dict[str, float]]:
+    """Scores by label and name, without gaps (None, NaN).
+
+    Raises SpectraError where they are of a model that is none of `labels`, of a kind that is not known, or no numbers.
+    """
+    if not isinstance(scores, Mapping):
+        raise SpectraError(f"{source}: give label -> {{'score': ..., 'forgetting': ...}}, not {scores!r}")
+    found: dict[str, dict[str, float]] = {}
     for label, named in scores.items():
+        who = repr(printable(str(label)))
         if label not in labels:
             raise SpectraError(
-                f"{source} name the model {printable(label)!r}, which is none of those compared: "
-                f"{', '.join(repr(printable(each)) for each in labels)}"
+                f"{source}: {who} is none of the models compared: {', '.join(repr(printable(each)) for each in labels)}"
             )
+        if not isinstance(named, Mapping):
+            raise SpectraError(f"{source}: of {who} give {{'score': ..., 'forgetting': ...}}, not {named!r}")
         for name in named:
             if name not in SCORES:
-                raise SpectraError(f"{source} of {printable(label)!r} hold {name!r}; give score, forgetting, or both")
+                raise SpectraError(f"{source}: {name!r} of {who} is not known; give score, forgetting, or both")
+        numbers = {name: _number(value, name, who, source) for name, value in named.items() if value is not None}
+        found[label] = {name: value for name, value in numbers.items() if not math.isnan(value)}
+    return found
+
+
+def _number(value: Any, name: str, who: str, source: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.inf
+    if math.isinf(number):
+        raise SpectraError(f"{source}: the {name} of {who} is {printable(str(value))!r}, which is no number")
+    return number
 
 
 def sequence_table(result: Comparison) -> pd.DataFrame:
@@ -117,8 +140,10 @@ def steps_of(labels: Sequence[str]) -> list[int] | None:
 
     >>> steps_of(["step-50", "step-100"]), steps_of(["mnist28", "cifar10"])
     ([50, 100], None)
+    >>> steps_of(["step-2", "step-2 (2)"])  # a path that was given twice
+    [2, 2]
     """
-    found = [re.fullmatch(r"(.*?)(\d+)", label, re.DOTALL) for label in labels]
+    found = [re.fullmatch(r"(.*?)(\d+)( \(\d+\))?", label, re.DOTALL) for label in labels]
     if any(match is None for match in found):
         return None
     words = {re.sub(r"\d+", "#", match[1]) for match in found if match}
@@ -180,6 +205,13 @@ def _measures(result: Comparison, label: str, shared: Shared) -> dict[str, Any]:
         **{name: summary.median(parts, name) for name in OF_COMPONENTS},
         **{name: summary.median(moved, name) for name in MEDIANS},
         "intruders": int(counted["intruders"].fillna(0).sum()),
+        "spread_intruders": _spread(counted),
         "matrices_with_intruders": int((counted["intruders"].fillna(0) > 0).sum()),
         "lowest_best_cosine": float(counted["lowest_best_cosine"].min()) if len(counted) else float("nan"),
     }
+
+
+def _spread(layers: pd.DataFrame) -> int | None:
+    """The sum of `spread_intruders`; None of an older result, which has none."""
+    known = layers["spread_intruders"].dropna() if "spread_intruders" in layers else ()
+    return int(sum(known)) if len(known) else None

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spectra.linalg.batched import spectra, triplets
 from spectra.linalg.svd import svd
 from spectra.linalg.triplets import leading_triplets
-from spectra.measures.intruders import intruders
+from spectra.measures.intruders import best_cosines, cluster_cosines, intruders
 from tests.reference import intruders as reference
 from tests.reference.singular import Array
 from tests.reference.singular import svd as reference_svd
@@ -128,6 +129,30 @@ def test_an_unchanged_weight_has_none_on_either_side(seed: int) -> None:
 def test_zero_weights_have_no_directions_and_so_no_intruders(shape: tuple[int, int]) -> None:
     zero = torch.zeros(shape)
     assert intruders(svd(zero), leading_triplets(zero, 10)).count == 0
+
+
+def test_cosines_with_clusters_equal_the_definition_of_single_matrices_and_of_stacks() -> None:
+    generator = np.random.default_rng(4)
+    U, V = orthonormal(generator, 30, 20), orthonormal(generator, 20, 20)
+    s = np.concatenate([[9.0], 5 * (1 + 1e-3 * np.arange(4)[::-1]), np.linspace(2, 1, 15)])
+    W = (U * s) @ V.T
+    tuned = W + 2 * np.outer(U[:, 1:5].sum(1), V[:, 1:5].sum(1)) / 4 + 0.3 * generator.normal(size=W.shape)
+    both = torch.from_numpy(np.stack([W, W])), torch.from_numpy(np.stack([W + 0.1, tuned]))
+    base, found = spectra(both[0], squarable=True), triplets(both[1], 6, squarable=True)
+    for side in SIDES:
+        many = cluster_cosines(base, found, best_cosines(base, found, 6, side)[1], side)
+        for at in range(2):
+            one = svd(both[0][at]), leading_triplets(both[1][at], 6)
+            partner = best_cosines(*one, 6, side)[1]
+            cosines, members = cluster_cosines(*one, partner, side)
+            np.testing.assert_allclose(many[0][at], cosines, atol=1e-9)
+            assert many[1][at].tolist() == members.tolist()
+            basis, vectors = (one[0].U, one[1].Y) if side == "left" else (one[0].V, one[1].Z)
+            for j, i in enumerate(partner):
+                near = np.abs(s - s[i]) <= 0.01 * s[i]
+                assert members[j] == near.sum()
+                assert cosines[j] == pytest.approx(np.linalg.norm((basis.T @ vectors[:, j]).numpy()[near]), abs=1e-9)
+    assert 4 in members
 
 
 def test_null_is_near_the_best_cosine_of_random_directions() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+from rich.console import Console
 from safetensors.torch import save_file
 
 import spectra
@@ -24,6 +25,8 @@ from spectra.definitions import definitions
 from spectra.errors import SpectraError
 from spectra.report.page import write_page
 from spectra.report.pictures import standard_set
+from spectra.report.sequence_plots import draw_overview
+from spectra.report.sequence_printing import print_sequence
 from spectra.report.sequence_scores import scores_from
 from spectra.report.sequence_table import COLUMNS, natural_order, steps_of
 from spectra.report.wording import number, percent
@@ -144,7 +147,7 @@ def test_one_model_is_no_sequence() -> None:
 
 def test_sentences_hold_their_numbers(course: Comparison) -> None:
     findings = [each for each in course.diagnosis() if each.tuned not in TIMES]
-    assert len(findings) == 6
+    assert len(findings) == 7
     for finding in findings:
         for name, value in finding.numbers.items():
             assert not isinstance(value, str)
@@ -210,10 +213,51 @@ def test_unknown_measures_and_missing_scores_are_refused(course: Comparison) -> 
     bare = dataclasses.replace(course, provenance={})
     with pytest.raises(SpectraError, match="in_sequence"):
         bare.plot.sequence("forgetting")
-    with pytest.raises(SpectraError, match="'step-7', which is none"):
+    with pytest.raises(SpectraError, match="'step-7' is none"):
         bare.in_sequence({"step-7": {"score": 1.0}})
     with pytest.raises(SpectraError, match="'accuracy'"):
         bare.in_sequence({"step-50": {"accuracy": 1.0}})
+    for scores, words in (
+        ({"step-50": {"score": "good"}}, "the scores: the score of 'step-50' is 'good', which is no number"),
+        ({"step-50": {"forgetting": math.inf}}, "'inf', which is no number"),
+        ({"step-50": {"score": [1]}}, "no number"),
+        ({"step-50": 3}, "of 'step-50' give"),
+        (3, "give label -> "),
+    ):
+        with pytest.raises(SpectraError, match=words):
+            bare.in_sequence(scores)  # type: ignore[arg-type]
+    gaps = bare.in_sequence({"step-50": {"score": None, "forgetting": math.nan}, "step-25": {"score": 1}})  # type: ignore[dict-item]
+    assert gaps.sequence()["score"].isna().tolist() == [False, True, True]
+    assert gaps.sequence()["forgetting"].isna().all()
+
+
+def test_a_model_given_twice_keeps_the_number_of_its_step(
+    weights: tuple[Weights, dict[str, Weights]], tmp_path: Path
+) -> None:
+    base, steps = weights
+    name = next(iter(base))
+    for label, state in {"base": base, **steps}.items():
+        save_file({name: state[name].contiguous()}, tmp_path / f"{label}.safetensors")
+    paths = [tmp_path / f"step-{number}.safetensors" for number in (25, 25, 100)]
+    table = spectra.compare(tmp_path / "base.safetensors", paths).sequence()
+    assert table["tuned"].tolist() == ["step-25", "step-25 (2)", "step-100"]
+    assert table["step"].tolist() == [25, 25, 100]
+
+
+def test_rotation_is_in_the_table_the_picture_and_the_sentences(
+    course: Comparison, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_sequence(course, Console(width=120))
+    heading, first, *_ = capsys.readouterr().out.splitlines()[1:]
+    values = dict(zip(heading.split()[heading.split().index("rot") :], first.split()[-6:], strict=False))
+    rotation = course.sequence()["rotation"]
+    assert values["rot"] == number(rotation.iloc[0], 2)
+    (said,) = (str(each) for each in course.diagnosis() if "first-order angle" in str(each))
+    assert f"rises from {number(rotation.iloc[0])} at step-25 to {number(rotation.iloc[-1])}" in said
+    figure = Figure(figsize=(11, 6.6), layout="constrained")
+    draw_overview(course, figure)
+    drawn = [ax.get_title(loc="left").split(":")[0] for ax in figure.axes]
+    assert {"Intruders", "Rotation", "Forgetting", "Energy of turned directions"} <= set(drawn)
 
 
 def test_an_order_of_letters_becomes_one_of_numbers_and_any_other_stays() -> None:
@@ -239,8 +283,9 @@ def test_a_table_of_scores_is_read_or_refused(tmp_path: Path) -> None:
     for text, words in {
         "label,points\na,1\n": "label, points",
         "label,score\na,1\na,2\n": "'a' twice",
-        "label,score\nb,1\n": "'b', which is none",
+        "label,score\nb,1\n": "scores.csv: 'b' is none of the models compared: 'a', 'c'",
         "label,score\na,good\n": "'good', which is no number",
+        "label,score\na,inf\n": "'inf', which is no number",
         "": "no CSV table",
     }.items():
         file.write_text(text)
