@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from spectra.training import Grid, Sweep
 
 
+LEGEND = (
+    "means over seeds; before, after: the score of the new task; lost: of the score of the base's own; update, sv x: "
+    "as in `spectra compare`"
+)
+MATCHED = "* the rate of the slice that the sizes of the first steps are matched to"
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(no_args_is_help=True)(sweep)
@@ -57,7 +64,8 @@ def sweep(
     """Train every run of a grid of slices and methods, learning rates and seeds, and show what each learns and forgets.
 
     Settings come from CONFIG, then from flags. --out gets a folder a run, sweep_runs.parquet, which grows as runs end,
-    and the pictures tradeoff.png and pareto.png. A sweep that was stopped goes on by the same command.
+    and the pictures tradeoff.png and pareto.png. A sweep that was stopped goes on by the same command, and another grid
+    of the same settings into the same folder adds to its table. Exit status 1: some of the runs failed.
 
     Examples:
 
@@ -68,6 +76,7 @@ def sweep(
       spectra sweep --plot --out swept
     """
     from spectra.errors import SpectraError
+    from spectra.report.wording import counted
     from spectra.training import SweepInterrupted, TrainSettings, load_sweep, read_sweep_file
     from spectra.training import sweep as run_sweep
 
@@ -100,9 +109,17 @@ def sweep(
         console.print(_table(result.runs))
         for line in _failures(result.runs):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+        matched = [MATCHED] if result.runs["matched_position"].notna().any() else []
         words = f", the pictures {' and '.join(drawn)}" if drawn else ""
-        for line in (f"the table is in {out}{words}", *([why] if why else [])):
+        for line in (f"the table is in {out}{words}", *([why] if why else []), LEGEND, *matched):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+    failed = int((result.runs["status"] == "failed").sum())
+    if failed and not plot:
+        typer.echo(
+            f"spectra: {failed} of {counted(len(result.runs), 'run')} failed; the same command tries them again",
+            err=True,
+        )
+        raise typer.Exit(1)
 
 
 def _listed(given: str | None, name: str, kind: Callable[[str], Any]) -> list[Any] | None:
@@ -133,11 +150,11 @@ def _table(runs: pd.DataFrame) -> Table:
     from spectra.report.wording import number
 
     finished = runs[runs["status"] == "finished"]
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    columns = ("method", "position", "rate", "seeds", "before", "new task", "forgetting", "update", "sv x")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    columns = ("method", "position", "rate", "seeds", "before", "after", "lost", "update", "sv x")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left")
-    by = ["method", "position", "start", "learning_rate"]
+        table.add_column(column, justify="right" if place else "left", overflow="fold")
+    by = ["method", "position", "start", "learning_rate", "matched_position"]
     for _, rows in finished.groupby(by, dropna=False, sort=False):
         first = rows.iloc[0]
         where = "" if pd.isna(first["start"]) else f"from {first['start']}"
@@ -147,7 +164,8 @@ def _table(runs: pd.DataFrame) -> Table:
             for name in ("score_before", "score", "forgetting", "relative_update", "diagonal_enrichment")
         )
         shown = (number(float(mean)) for mean in means)
-        table.add_row(first["method"], where, f"{first['learning_rate']:g}", str(len(rows)), *shown)
+        rate = f"{first['learning_rate']:g}" + ("" if pd.isna(first["matched_position"]) else "*")
+        table.add_row(first["method"], where, rate, str(len(rows)), *shown)
     return table
 
 

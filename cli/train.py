@@ -53,8 +53,20 @@ def train(
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     steps: Annotated[int | None, typer.Option(help="Updates.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data, in the place of --steps.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data, in the place of --steps; rounded up to whole steps.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a batch.")] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Steps between scores; without, before and after training only.")
+    ] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between saved states, for --resume; without, after every tenth of the run."),
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(help="Steps between scored copies of what is trained, in folders step-N.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="What everything random is drawn from.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder of the run.")] = None,
@@ -63,7 +75,11 @@ def train(
         typer.Option("--set", help="Any setting, such as optimiser.schedule=cosine. May be repeated."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last saved state; a finished run is shown again.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the last saved state, at another --learning-rate if need be; a finished run is shown.",
+        ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is in the folder.")] = False,
     as_json: AsJson = False,
@@ -85,6 +101,7 @@ def train(
     """
     from spectra.training import TrainingInterrupted, TrainSettings
     from spectra.training import train as run_training
+    from spectra.training.accelerating import is_first_process
 
     is_factory = model is not None and ":" in model and not Path(model).exists()
     flags = {
@@ -100,19 +117,23 @@ def train(
         "optimiser.steps": steps,
         "optimiser.epochs": epochs,
         "optimiser.batch_size": batch_size,
+        "evaluate_every": evaluate_every,
+        "save_every": save_every,
+        "keep_every": keep_every,
         "seed": seed,
         "device": device,
         "out": str(out) if out else None,
     }
     changes = {key: value for key, value in flags.items() if value is not None} | dict(assigned(settings or ()))
     chosen = (TrainSettings.from_file(config) if config else TrainSettings()).changed(changes, "the command line")
+    quiet = quiet or not is_first_process()
     with progress_bar(quiet or as_json, "training") as progress:
         try:
             run = run_training(chosen, resume=resume, force=force, progress=progress)
         except TrainingInterrupted as interruption:
             typer.echo(f"spectra: {interruption}", err=True)
             raise typer.Exit(130) from interruption
-    if as_json:
+    if as_json and is_first_process():
         json.dump({"folder": str(run.folder), **run.summary}, sys.stdout, indent=2)
         sys.stdout.write("\n")
     elif not quiet:
@@ -164,7 +185,8 @@ def _decimal(value: float | None, sign: str = "") -> str:
 
 
 def _places(run: Run) -> Iterator[str]:
-    """Where things lie, and how the update looks in a line."""
+    """What was decided on the way, where things lie, and how the update looks in a line."""
+    yield from (f"note: {note}" for note in run.summary.get("notes", ()))  # of an older version: none
     yield f"{run.summary['seconds']:.1f} s on {run.summary['device']}, {run.summary['peak_memory_mib']:.0f} MiB at most"
     yield f"the {run.summary['result']} is in {run.result}, the numbers in {run.folder}"
     if (run.folder / "comparison").exists():

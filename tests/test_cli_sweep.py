@@ -70,6 +70,33 @@ def test_a_sweep_prints_its_means_and_leaves_table_and_pictures(config: Path, tm
     assert len(list(out.glob("*.png"))) == 2
 
 
+def test_runs_that_failed_are_an_exit_status_after_all_is_shown(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = (config, "--out", out, "--workers", 0, "--learning-rates", "1e-2,1e30", "--methods", "full")
+    done = run(*arguments)
+    assert done.exit_code == 1
+    assert "spectra: 3 of 6 runs failed; the same command tries them again" in done.stderr
+    assert "slice-0.0_lr-1e+30_seed-0 failed: " in done.stdout and "the table is in" in done.stdout
+    assert (out / "pareto.png").exists()
+    quiet = run(*arguments, "--quiet")
+    assert (quiet.exit_code, quiet.stdout) == (1, "") and "3 of 6 runs failed" in quiet.stderr
+    assert run("--plot", "--out", out).exit_code == 0  # which ran nothing
+
+
+def test_a_narrow_terminal_cuts_no_words(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(config, "--out", out, "--workers", 0, "--positions", "0.125", "--methods", "peft:pissa_niter_4", "--quiet")
+    run(config, "--out", out, "--workers", 0, "--positions", "0.125", "--match-step-size", 0.5, "--quiet")
+    done = CliRunner().invoke(app, ["sweep", "--plot", "--out", str(out)], env={"COLUMNS": "80"})
+    lines = done.output.splitlines()
+    assert lines[0].split() == ["method", "position", "rate", "seeds", "before", "after", "lost", "update", "sv", "x"]
+    assert len([line for line in lines if line.startswith("peft:pissa_niter_4 ")]) == 1 and "…" not in done.output
+    # Matched and plain runs of one rate are not averaged.
+    slices = [line.split() for line in lines if line.startswith("slice ")]
+    assert sorted(line[2] for line in slices) == ["0.01", "0.01*"]
+    assert "* the rate of the slice that" in done.output
+
+
 def test_flags_take_the_place_of_the_file(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ("--positions", "0.5", "--methods", "lora", "--learning-rates", "1e-3", "--set", "optimiser.steps=2")

@@ -178,6 +178,22 @@ def test_mistakes_are_one_sentence(run: Run, arguments: list[str], words: list[s
     assert all(word in error for word in words), error
 
 
+def test_flags_of_what_is_done_every_so_often_and_notes(folder: Path, run: Run) -> None:
+    often = ["--evaluate-every", "2", "--save-every", "4", "--keep-every", "3"]
+    status, out, error = run("run.toml", *often, "--set", "compare=false", "--set", "method.targets=all-linear")
+    assert (status, error) == (0, "")
+    assert out.count("note: adapting all linear layers") == 1
+    settings = json.loads((folder / "run" / "settings.json").read_text())
+    assert [settings[f"{what}_every"] for what in ("evaluate", "save", "keep")] == [2, 4, 3]
+    assert {path.name for path in (folder / "run").glob("step-*")} == {"step-3", "step-6"}
+
+
+def test_only_the_first_of_several_processes_reports(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    for more in ([], ["--resume", "--json"]):
+        assert run("run.toml", "--steps", "1", "--set", "compare=false", *more) == (0, "", "")
+
+
 def test_other_settings_do_not_overwrite_a_run(folder: Path, run: Run) -> None:
     assert run("run.toml", "--quiet")[0] == 0
     status, _, error = run("run.toml", "--steps", "7")

@@ -20,7 +20,7 @@ from spectra.lora.injecting import inject
 from spectra.lora.layers import peft_factors
 from spectra.lora.peft_config import UNFINISHED, lora_config, require_peft
 from spectra.lora.peft_inits import inject_initialised
-from spectra.lora.record import Attachment, Slot, adapted_layers, keep_attachment
+from spectra.lora.record import Attachment, Slot, adapted_layers, fingerprint_of, keep_attachment
 from spectra.lora.slices import SliceInit, factor_dtype, slice_start, with_float64
 from spectra.lora.targets import Target, choose_targets
 
@@ -225,7 +225,10 @@ def _slot(target: Target, ranks: Mapping[str, int], scalings: Mapping[str, float
     m, n = target.W.shape
     values = () if start is None or start.singular_values is None else tuple(start.singular_values.tolist())
     first = None if start is None else start.start
-    return Slot(target.name, target.kind, m, n, ranks[target.name], scalings[target.name], first, values)
+    return Slot(
+        target.name, target.kind, m, n, ranks[target.name], scalings[target.name], first, values,
+        fingerprint_of(target.stored),
+    )  # fmt: skip
 
 
 def _dead(starts: Mapping[str, SliceInit], config: SliceConfig) -> list[str]:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any
 
 from spectra.errors import SpectraError
 from spectra.lora.initialisations import METHODS
-from spectra.lora.slices import Scale
+from spectra.lora.slices import Scale, check_position, is_number, is_whole
 
 PEFT = "peft:"  # what stands before the name of an initialisation of peft
 
@@ -76,20 +77,39 @@ class SliceConfig:
         if self.scale not in ("sqrt_sigma", "orthonormal"):
             raise SpectraError(f"{self.scale!r} is no scale of a slice; give sqrt_sigma or orthonormal")
         self._check_slice()
+        self._make_plain()
 
     def _check_numbers(self) -> None:
-        ranks = {"rank": self.rank, **{f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()}}
-        for name, rank in ranks.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        for name, rank in self._given("rank").items():
+            if not is_whole(rank) or rank < 1:
                 raise SpectraError(f"{name} is {rank!r}; give a whole number from 1 up")
-        alphas = {"alpha": self.alpha, **{f"alpha_pattern[{key!r}]": a for key, a in self.alpha_pattern.items()}}
-        for name, alpha in alphas.items():
-            if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        for name, start in self._given("start").items():
+            if start is not None and not (is_whole(start) and start >= 0):
+                raise SpectraError(f"{name} is {start!r}; give a whole number from 0 up")
+        for name, position in self._given("position").items():
+            if position is not None:
+                check_position(name, position)
+        for name, alpha in self._given("alpha").items():
+            if alpha is not None and not (is_number(alpha) and alpha > 0):
                 raise SpectraError(f"{name} is {alpha!r}; give a number above 0")
-        if not 0 <= self.dropout < 1:
-            raise SpectraError(f"a dropout of {self.dropout:g} leaves nothing to train; give one from 0 to below 1")
-        if not self.gamma > 0:
-            raise SpectraError(f"gamma is {self.gamma:g}; give a number above 0, such as the 16 of LoRA-GA")
+        if not is_whole(self.seed):
+            raise SpectraError(f"seed is {self.seed!r}; give a whole number")
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise SpectraError(f"dropout is {self.dropout!r}; give a number from 0 to below 1")
+        if not is_number(self.gamma) or not self.gamma > 0:
+            raise SpectraError(f"gamma is {self.gamma!r}; give a number above 0, such as the 16 of LoRA-GA")
+
+    def _given(self, name: str) -> dict[str, Any]:
+        """A value and those of its patterns, by the words in which a message names them."""
+        patterns: Mapping[str, Any] = getattr(self, f"{name}_pattern")
+        return {name: getattr(self, name), **{f"{name}_pattern[{key!r}]": value for key, value in patterns.items()}}
+
+    def _make_plain(self) -> None:
+        """Numbers of numpy become Python's own, which JSON holds."""
+        for name in ("rank", "position", "start", "alpha", "dropout", "seed", "gamma"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern", "start_pattern", "position_pattern"):
+            object.__setattr__(self, name, {key: _plain(value) for key, value in getattr(self, name).items()})
 
     def _check_slice(self) -> None:
         named = [name for name in ("start", "position") if getattr(self, name) is not None]
@@ -146,6 +166,12 @@ class SliceConfig:
         if unknown := sorted(values.keys() - {*known}):
             raise SpectraError(f"{unknown[0]!r} is no setting of a slice; give some of {', '.join(known)}")
         return cls(**values)
+
+
+def _plain(number: Any) -> int | float | None:
+    if number is None:
+        return None
+    return int(number) if isinstance(number, Integral) else float(number)
 
 
 def matches(pattern: str, module: str) -> bool:

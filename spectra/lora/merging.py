@@ -56,7 +56,7 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     base: Any = model.get_base_model()  # type: ignore[operator]
     if not is_file and not hasattr(base, "save_pretrained"):
         raise SpectraError(
-            f"a {type(base).__name__} writes no model folder; give a file that ends in {SAFE}, {' or '.join(TORCH)}"
+            f"{type(base).__name__} writes no model folder; give a file that ends in {SAFE}, {' or '.join(TORCH)}"
         )
     if not is_file and place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise SpectraError(f"{place} is there already; choose another folder")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from enum import Enum
@@ -22,7 +21,11 @@ if TYPE_CHECKING:
 # peft writes it into adapter_config.json when `save_pretrained` is called instead of `save_adapter`. What peft would
 # load there is not what was trained; under this name peft refuses to, and so does `open_checkpoint`, both citing it.
 UNFINISHED = "pissa-like start, kept apart: save this model with spectra.lora.save_adapter"
-_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+_TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+}
 
 
 def require_peft() -> None:
@@ -64,8 +67,20 @@ def lora_config(
         lora_dropout=config.dropout,
         modules_to_save=list(config.modules_to_save) or None,
         bias="none",
-        task_type="CAUSAL_LM" if _is_causal(model) else None,
+        task_type=task_type(model, config.modules_to_save),
     )
+
+
+def task_type(model: nn.Module, saved: Collection[str]) -> str | None:
+    """What peft calls the task that a transformers model of this class is for; None where it has no word for it.
+
+    Args: names of the modules that are saved whole.
+    """
+    name = type(model).__name__ if hasattr(model, "config") else ""
+    kind = next((kind for ending, kind in _TASK_TYPES.items() if name.endswith(ending)), None)
+    # With SEQ_CLS, peft trains the modules of these names whole, and misses them in an adapter without them.
+    heads = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ("classifier", "score")}
+    return None if kind == "SEQ_CLS" and not (heads and heads <= {*saved}) else kind
 
 
 def as_json(config: LoraConfig) -> dict[str, Any]:
@@ -80,8 +95,3 @@ def _alpha(scaling: float, rank: int, is_stable: bool) -> float:
     """lora_alpha, as an integer where it is one: peft's own type for it."""
     alpha = scaling * (math.sqrt(rank) if is_stable else rank)
     return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _is_causal(model: nn.Module) -> bool:
-    architectures: Collection[str] = [type(model).__name__] if hasattr(model, "config") else []
-    return any(_CAUSAL.search(name) for name in architectures)

@@ -17,10 +17,10 @@ from spectra.atomic import replacing_folder
 from spectra.checkpoints import Adapter, open_checkpoint
 from spectra.errors import SpectraError
 from spectra.linalg.lowrank import LowRank
+from spectra.sources.adapters import RECORD
 from spectra.tensor_files import write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-RECORD = "spectra_slices.json"  # what `load_adapter` needs beside them
 OF_AN_ADAPTER = frozenset({CONFIG, WEIGHTS, RECORD, "adapter_model.bin", "README.md"})
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 

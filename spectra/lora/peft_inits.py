@@ -39,7 +39,8 @@ def inject_initialised(
         what it starts from is missing.
     """
     name = config.method.removeprefix(PEFT)
-    _check(name, targets, batches)
+    examples = list(batches) if batches is not None and name in FROM_BATCHES else None
+    _check(name, targets, examples)
     value: Any = FLAGS.get(name.lower(), name)
     settings.init_lora_weights = value
     kept = [(target, target.stored.clone()) for target in targets]
@@ -48,13 +49,16 @@ def inject_initialised(
         if name == "eva":
             from peft import initialize_lora_eva_weights
 
-            assert batches is not None
-            initialize_lora_eva_weights(adapted, list(batches), show_progress_bar=False)
+            assert examples is not None
+            # peft's own preparation leaves out padded tokens; without tokens, every row of a layer's input counts.
+            of_texts = all("input_ids" in batch for batch in examples)
+            rows: dict[str, Any] = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": _rows}
+            initialize_lora_eva_weights(adapted, examples, show_progress_bar=False, **({} if of_texts else rows))
 
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            _prepare(name, model, targets, settings, gradients, batches)
+            _prepare(name, model, targets, settings, gradients, examples)
             return inject(model, targets, settings, finish)
     finally:
         settings.init_lora_weights = True
@@ -65,11 +69,22 @@ def inject_initialised(
                     delattr(target.module, attribute)
 
 
-def _check(name: str, targets: Sequence[Target], batches: Iterable[Any] | None) -> None:
+def _rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+    """What a layer was given, a row an example and position."""
+    given: Tensor = layer_input[0] if isinstance(layer_input, tuple | list) else layer_input
+    return given.flatten(0, -2)
+
+
+def _check(name: str, targets: Sequence[Target], examples: Sequence[Any] | None) -> None:
     if name == "loftq":
         raise SpectraError("peft:loftq quantises the base, which stays as it is here; take another initialisation")
-    if name in FROM_BATCHES and batches is None:
+    if name in FROM_BATCHES and not examples:
         raise SpectraError(f"peft:{name} starts from activations; pass the batches to run the model on")
+    if other_kind := next((type(batch) for batch in examples or () if not isinstance(batch, Mapping)), None):
+        raise SpectraError(
+            f"peft:{name} runs the model on its named arguments, and a batch is a {other_kind.__name__}; "
+            "give mappings, such as {'input_ids': ...}"
+        )
     other = next((target for target in targets if target.kind not in ("linear", "conv1d")), None)
     if other is not None and name.lower() not in (*FLAGS, "gaussian"):
         raise SpectraError(f"peft:{name} is for linear layers, and {other.name!r} is of kind {other.kind}; exclude it")
@@ -84,7 +99,7 @@ def _prepare(
     targets: Sequence[Target],
     settings: LoraConfig,
     gradients: Mapping[str, Tensor] | None,
-    batches: Iterable[Any] | None,
+    examples: Sequence[Any] | None,
 ) -> None:
     """What peft looks for on the layers and in the settings."""
     if name == "lora_ga":
@@ -105,8 +120,7 @@ def _prepare(
             raise SpectraError(f"peft:corda needs a library that is not installed ({error}); install it") from error
 
         settings.corda_config = CordaConfig()
-        assert batches is not None
-        examples = list(batches)
+        assert examples is not None
 
         def run() -> None:
             with torch.no_grad():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from spectra.errors import SpectraError
 from spectra.lora.configuration import SliceConfig
@@ -23,6 +25,7 @@ class Slot:
         name: of the module, in the base model.   kind: of it.   rows, columns: m, n.
         rank: r.   scaling: c.   start: first component of its slice, None where its factors are none.
         singular_values: s_i of its slice; empty where its factors are none.
+        fingerprint: of the base's weight, see `fingerprint_of`; "" in records of older versions.
     """
 
     name: str
@@ -33,6 +36,23 @@ class Slot:
     scaling: float
     start: int | None
     singular_values: tuple[float, ...]
+    fingerprint: str = ""
+
+    def is_of(self, weight: Tensor) -> bool | None:
+        """Whether this is the weight, as its module stores it, that was adapted; None where that cannot be told.
+
+        A weight in a wider dtype than it was adapted in is rounded to that; of a narrower one nothing can be said.
+        """
+        dtype = getattr(torch, self.fingerprint.partition(":")[0], None)
+        if dtype is None or torch.promote_types(dtype, weight.dtype) != weight.dtype:
+            return None
+        return fingerprint_of(weight.to(dtype)) == self.fingerprint
+
+
+def fingerprint_of(weight: Tensor) -> str:
+    """The dtype of a weight and the SHA-256 of its bytes."""
+    content = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return f"{str(weight.dtype).removeprefix('torch.')}:{hashlib.sha256(content).hexdigest()}"
 
 
 @dataclass(frozen=True)

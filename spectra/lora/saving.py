@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from spectra.checkpoints import Adapter, open_checkpoint
+from spectra.checkpoints.wording import listed
 from spectra.errors import SpectraError
 from spectra.lora.injecting import inject
 from spectra.lora.layers import ADAPTER, INITIAL, AdaptedLayer, kind_of, peft_factors
 from spectra.lora.peft_config import as_json, lora_config, require_peft
-from spectra.lora.peft_folder import RECORD, WEIGHTS, check_place, put_adapter
+from spectra.lora.peft_folder import WEIGHTS, check_place, put_adapter
 from spectra.lora.record import Attachment, Slot, adapted_layers, attachment, keep_attachment
 from spectra.lora.targets import Target, tied_names, why_not
+from spectra.sources.adapters import RECORD
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,7 +33,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
 
     A module that starts from c B0 A0 gets the factors [B, -B0] and [A; A0] of rank 2 r, with lora_alpha adjusted so
     that the scaling stays c; others get B and A. `modules_to_save` are written whole. Beside them `spectra_slices.json`
-    keeps the configuration and the slices: with it, `load_adapter` finds A, B, A0 and B0 again.
+    keeps the configuration and the slices: with it, `load_adapter` finds A, B, A0 and B0 again. It also has the
+    `id2label` of a classification model, its class names by number.
 
     Args:
         model: what `attach` or `load_adapter` returned, in any state of training.
@@ -62,7 +66,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
     )
     settings.inference_mode = True
     settings.base_model_name_or_path = _loadable(base)
-    content = {"format": FORMAT, **record.to_dict()}
+    content: dict[str, Any] = {"format": FORMAT, **record.to_dict()}
+    if names := class_names(base):
+        content["id2label"] = dict(enumerate(names))
     put_adapter(place, tensors, as_json(settings), updates, content)
     return place
 
@@ -70,10 +76,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     """Attach what `save_adapter` wrote to its base model again, with the same A, B, A0 and B0, to go on training.
 
-    Nothing is decomposed. The state of an optimiser is not part of the folder.
+    Nothing is decomposed. The state of an optimiser is not part of the folder. Where the record cannot tell whether
+    this is the base (older versions kept no fingerprints, a base may be loaded in a narrower dtype than the adapter was
+    trained in), the notes of `attachment` say so.
 
     Args: model: the unchanged base, without adapters.   folder: of `save_adapter`.
-    Raises: SpectraError where the folder is none of `save_adapter`, or does not fit the model.
+    Raises: SpectraError where the folder is none of `save_adapter`, or was trained on another base.
     """
     require_peft()
     place = Path(folder).expanduser()
@@ -90,6 +98,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
         {name: slot.scaling for name, slot in slots.items()},
     )
     adapted = inject(model, targets, settings)
+    untold = [target.name for target in targets if slots[target.name].is_of(target.stored) is None]
+    if untold:
+        said = f"whether this is the base that {place} was trained on cannot be told from {listed(untold, most=1)}"
+        record = replace(record, notes=(*record.notes, said))
     keep_attachment(adapted, record)
     for name, layer in adapted_layers(adapted).items():
         _restore(layer, slots[name], adapter)
@@ -134,13 +146,25 @@ def _targets(model: nn.Module, record: Attachment, folder: Path) -> list[Target]
         if target is None or tuple(target.W.shape) != (slot.rows, slot.columns):
             found = "none of that kind" if target is None else f"one of {' x '.join(map(str, target.W.shape))}"
             raise SpectraError(
-                f"{folder} adapts {slot.name!r}, a {slot.kind} of {slot.rows} x {slot.columns}, and this "
+                f"{folder} adapts {slot.name!r}, of kind {slot.kind} and {slot.rows} x {slot.columns}, and this "
                 f"{type(model).__name__} has {found}; give the base that it was trained on"
+            )
+        if slot.is_of(target.stored) is False:
+            raise SpectraError(
+                f"{folder} was trained on another base: {slot.name!r} of this {type(model).__name__} has other "
+                "weights; give the base that it was trained on"
             )
         if reason := why_not(slot.name, named, ties):
             raise SpectraError(f"{slot.name!r} carries no LoRA: {reason}")
         targets.append(target)
     return targets
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the classes of a transformers classification model, by number; empty for every other model."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    is_classifier = type(model).__name__.endswith("Classification")
+    return tuple(str(names[number]) for number in sorted(names)) if names and is_classifier else ()
 
 
 def _whole_modules(model: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from math import isfinite
+from numbers import Integral, Real
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -80,8 +82,8 @@ def slice_init(
     ([5.0, 0.0, 0.0, 1.0], [3.0, 2.0])
     """
     first = slice_start(weight, rank, start=start, position=position)
-    if not scaling > 0:
-        raise SpectraError(f"a scaling of {scaling:g} cannot be divided among two factors; give one above 0")
+    if not is_number(scaling) or not scaling > 0:
+        raise SpectraError(f"a scaling of {scaling!r} cannot be divided among two factors; give a number above 0")
     if scale not in ("sqrt_sigma", "orthonormal"):
         raise SpectraError(f"{scale!r} is no scale of a slice; give sqrt_sigma or orthonormal")
     W = with_float64(weight.detach())
@@ -109,6 +111,8 @@ def slice_start(weight: Tensor, rank: int, *, start: int | None = None, position
         )
     m, n = weight.shape
     k = min(m, n)
+    if not is_whole(rank):
+        raise SpectraError(f"the rank of a slice is {rank!r}; give a whole number from 1 to {k}")
     if not 1 <= rank <= k:
         raise SpectraError(
             f"a {m} x {n} weight has {k} components and no slice of rank {rank}; give a rank of 1 to {k}"
@@ -116,16 +120,32 @@ def slice_start(weight: Tensor, rank: int, *, start: int | None = None, position
     if (start is None) == (position is None):
         raise SpectraError("a slice is named by its start or by its position; give exactly one of them")
     if position is not None:
-        if not 0 <= position <= 1:
-            raise SpectraError(f"position {position:g} does not lie between 0, the top of the spectrum, and 1, its end")
+        check_position("position", position)
         return round(position * (k - rank))
-    assert start is not None
+    if not is_whole(start):
+        raise SpectraError(f"the start of a slice is {start!r}; give a whole number from 0 to {k - rank}")
     if not 0 <= start <= k - rank:
         raise SpectraError(
             f"the slice [{start}, {start + rank}) does not lie in the {k} components of a {m} x {n} weight; "
             f"give a start of 0 to {k - rank}"
         )
-    return start
+    return int(start)
+
+
+def check_position(name: str, position: object) -> None:
+    """Raise `SpectraError`, with the name of what was given, for a position that is none."""
+    if not is_number(position) or not 0 <= position <= 1:
+        raise SpectraError(f"{name} is {position!r}; give a number from 0, the top of the spectrum, to 1, its end")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number, of Python or of numpy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number, of Python or of numpy."""
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
 
 
 def factor_dtype(weight: Tensor) -> torch.dtype:

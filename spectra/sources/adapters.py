@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,22 @@ from spectra.errors import SpectraError
 from spectra.sources.libraries import first_line, library, quietly
 
 STORED_UNDER = "base_model.model."  # how peft begins the names of an adapter's tensors
+RECORD = "spectra_slices.json"  # what `spectra.lora` writes beside an adapter of its own
 
 
 def head_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the modules that an adapter brings whole, such as a new head."""
     saved = config.get("modules_to_save") or ()
     return tuple(map(str, saved)) if isinstance(saved, list | tuple) else ()
+
+
+def class_names(adapter: Adapter) -> dict[int, str]:
+    """The names of the classes that an adapter of `spectra.lora` was trained on, by number; empty where it has none."""
+    try:
+        content = json.loads((_folder(adapter) / RECORD).read_text(encoding="utf-8"))
+        return {int(number): str(name) for number, name in content.get("id2label", {}).items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def merge_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
@@ -30,7 +42,7 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     Raises: SpectraError where the adapter was trained on another model, or peft is not installed.
     """
     peft = library("peft", "to run an adapter")
-    folder = next(file.parent for file in adapter.files if file.name == "adapter_config.json")
+    folder = _folder(adapter)
     with quietly(), torch.random.fork_rng(devices=[]):
         try:
             config = peft.PeftConfig.from_pretrained(str(folder))
@@ -61,6 +73,10 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     return merged
 
 
+def _folder(adapter: Adapter) -> Path:
+    return next(file.parent for file in adapter.files if file.name == "adapter_config.json")
+
+
 def _body_prefix(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> str:
     """What stands before the names of `model` in an adapter that was trained with a head around it ("bert."), or ""."""
     adapted = {_module_of(name) for name in stored if ".lora_" in name}
@@ -80,6 +96,7 @@ def _of_body(model: nn.Module, config: Any, stored: Mapping[str, torch.Tensor], 
     kept = {inner[name]: tensor for name, tensor in stored.items() if _module_of(inner[name]) in own}
     config.target_modules = sorted({_module_of(name) for name in kept if ".lora_" in name})
     config.modules_to_save = [name for name in config.modules_to_save or () if name in own] or None
+    config.task_type = None  # for which peft would look for the head that is not there
     for patterns in (config.rank_pattern, config.alpha_pattern):
         renamed = {
             f"^{key.lstrip('^').removeprefix(prefix)}" if prefix in key else key: patterns[key] for key in patterns

@@ -138,9 +138,11 @@ def inputs_from(
         )  # fmt: skip
         notes += found.notes
     under = base if isinstance(open_checkpoint(tuned), Adapter) else None
+    # The class of an adapter's model is the base's: a head that the base lacks has no features to compare.
+    of_base = task if task or under is None else task_of(load_config(base), base)
     return Inputs(
         partial(load_model, base, task),
-        partial(load_model, tuned, task, under),
+        partial(load_model, tuned, of_base, under),
         found,
         sources,
         notes,

@@ -13,7 +13,7 @@ from torch import nn
 
 from spectra.checkpoints import Adapter, Checkpoint, open_checkpoint
 from spectra.errors import SpectraError
-from spectra.sources.adapters import head_modules, merge_adapter
+from spectra.sources.adapters import class_names, head_modules, merge_adapter
 from spectra.sources.libraries import first_line, library, quietly
 
 Source = str | os.PathLike[str]
@@ -100,7 +100,7 @@ def _folder(checkpoint: Checkpoint, wanted: str = "config.json") -> Path:
     if found is None:
         raise SpectraError(
             f"{checkpoint.source} holds weights and no {wanted}, so that nothing says how to run them; give the folder "
-            "that save_pretrained wrote, or a function that builds the module: --model package.module:function"
+            "that save_pretrained wrote, or a function of your own that builds the module (package.module:function)"
         )
     return found
 
@@ -119,8 +119,8 @@ def _config(checkpoint: Checkpoint) -> Any:
         except Exception as error:  # transformers raises what it likes
             raise SpectraError(
                 f"transformers makes no model of {folder / 'config.json'}: {first_line(error)}; "
-                'write its "model_type" into it, or give a function that builds the module: '
-                "--model package.module:function"
+                'write its "model_type" into it, or give a function of your own that builds the module '
+                "(package.module:function)"
             ) from error
 
 
@@ -148,14 +148,25 @@ def task_of(config: Any, where: object) -> str:
         if architectures and str(architectures[0]).endswith(ending):
             return task
     named = f"names the architecture {architectures[0]!r}" if architectures else "names no architecture"
-    raise SpectraError(f"the config.json of {where} {named}; say with --task which of {', '.join(TASKS)} it is")
+    raise SpectraError(f"the config.json of {where} {named}; say for which task it is ({', '.join(TASKS)})")
 
 
-def _loaded(checkpoint: Checkpoint, task: str | None, made_up: Collection[str] = ()) -> nn.Module:
-    """A model from its folder, in float32. `made_up`: modules that may be missing, since an adapter brings them."""
+def _loaded(
+    checkpoint: Checkpoint,
+    task: str | None,
+    made_up: Collection[str] = (),
+    classes: Mapping[int, str] | None = None,
+) -> nn.Module:
+    """A model from its folder, in float32.
+
+    Args: made_up: modules that may be missing, since an adapter brings them.   classes: those of that adapter's head.
+    """
     transformers = library("transformers", "to run a Hugging Face model")
     folder = _folder(checkpoint)
     config = _config(checkpoint)
+    if classes:
+        config.id2label = dict(classes)
+        config.label2id = {name: number for number, name in classes.items()}
     task = task or task_of(config, folder)
     kind = getattr(transformers, AUTO_CLASSES[task])
     model, missing = _from_pretrained(kind, folder, config, task, made_up)
@@ -183,14 +194,16 @@ def _from_pretrained(
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=bool(made_up),
                 **options,
             )
         except Exception as error:  # transformers raises what it likes
             raise SpectraError(
-                f"transformers cannot load {folder} for {task}: {first_line(error)}; save the model again, or build it "
-                "with a function: --model package.module:function"
+                f"transformers cannot load {folder} for {task}: {first_line(error)}; save the model again, or give a "
+                "function of your own that builds it (package.module:function)"
             ) from error
-    return model, sorted(name for name in report["missing_keys"] if not set(name.split(".")) & set(made_up))
+    made = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    return model, sorted(name for name in made if not any(f".{whole}." in f".{name}" for whole in made_up))
 
 
 def _adapted(adapter: Adapter, task: str | None, base: Source | nn.Module | None) -> nn.Module:
@@ -203,4 +216,4 @@ def _adapted(adapter: Adapter, task: str | None, base: Source | nn.Module | None
         raise SpectraError(f"{under.source} is an adapter and no base; give the model that it was trained on")
     config: Mapping[str, Any] = adapter.config
     wanted = task or _ADAPTER_TASKS.get(str(config.get("task_type")))
-    return merge_adapter(_loaded(under, wanted, head_modules(config)), adapter)
+    return merge_adapter(_loaded(under, wanted, head_modules(config), class_names(adapter)), adapter)

@@ -57,13 +57,13 @@ def _loaded(kind: str, folder: Path, what: str, files: Sequence[str], **options:
             )
         except Exception as error:  # transformers raises what it likes
             raise SpectraError(
-                f"no {what} can be had from {folder}: {first_line(error)}; save it there again, or give batches "
-                "of your own: --batches package.module:function"
+                f"no {what} can be had from {folder}: {first_line(error)}; save it there again, or give "
+                "examples by a function of your own (package.module:function)"
             ) from error
 
 
 def _nothing(what: str, folder: Path, file: str) -> SpectraError:
     return SpectraError(
-        f"no {what} is in {folder}; put its {file} beside the model, or give batches of your own: "
-        "--batches package.module:function"
+        f"no {what} is in {folder}; put its {file} beside the model, or give examples by a function of your own "
+        "(package.module:function)"
     )

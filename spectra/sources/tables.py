@@ -71,9 +71,7 @@ def read_columns(
 
 def _reader(path: Path) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
-        raise SpectraError(
-            f"{path} is a folder and no table; give a file ({', '.join(FORMATS)}), or images as --images"
-        )
+        raise SpectraError(f"{path} is a folder and no table of texts; give a file ({', '.join(FORMATS)})")
     if not path.is_file():
         raise SpectraError(f"there is no file {path}; check the path")
     if path.suffix.lower() not in _READERS:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from spectra.errors import SpectraError
+from spectra.report.wording import counted
 from spectra.sources.libraries import library
 from spectra.training.settings import TrainSettings
 
@@ -48,10 +49,15 @@ def make_accelerator(settings: TrainSettings, folder: Path) -> Accelerator:
     share = settings.optimiser.batch_size * settings.optimiser.accumulate
     if share < accelerator.num_processes:
         raise SpectraError(
-            f"a step of {share} examples cannot be shared by {accelerator.num_processes} processes; raise "
+            f"a step of {counted(share, 'example')} cannot be shared by {accelerator.num_processes} processes; raise "
             "optimiser.batch_size, which counts the examples of all of them"
         )
     return accelerator
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes and reports, of those that `accelerate launch` or torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,14 @@ from spectra.training.datasets import (
     classes_of_column,
     classes_of_folder,
     config_of_classes,
+    fingerprint_of,
     parted,
     read_images,
     read_texts,
 )
 from spectra.training.examples import Examples
 from spectra.training.heads import with_new_head
+from spectra.training.lengths import with_length
 from spectra.training.settings import ModelSettings, RetainSettings, TrainSettings
 from spectra.training.tasks import Task, next_token_logits, next_tokens
 
@@ -44,12 +46,28 @@ _OWN_KINDS = (
 
 @dataclass(frozen=True)
 class Built:
-    """What a run works on. All modules share one body; `source` is the base's folder, None where it has none."""
+    """What a run works on. All modules share one body.
+
+    Attributes:
+        source: the base's folder, None where it has none.
+        files: those that the examples were read from, by the settings that name them.
+    """
 
     base: nn.Module
     task: Task
     retained: Mapping[str, Task]
     source: str | None
+    files: Mapping[str, str]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided in reading the examples, a sentence each, each once."""
+        examples = [each for task in (self.task, *self.retained.values()) for each in (task.train, task.test)]
+        return tuple(dict.fromkeys(note for each in examples for note in getattr(each, "notes", ())))
+
+    def fingerprints(self) -> dict[str, str]:
+        """What tells whether the files are still the same, by the settings that name them."""
+        return {name: fingerprint_of(file) for name, file in self.files.items()}
 
 
 def build(
@@ -74,7 +92,17 @@ def build(
         retained = {"retain": _own_task(model, settings)} if settings.retain else {}
     if wrong := {"train", "test"} & retained.keys():
         raise SpectraError(f"a retained task cannot be called {wrong.pop()!r}, which names the new task's own numbers")
-    return Built(model, learnt, retained, source)
+    return Built(model, learnt, retained, source, dict(_files(settings, task, retain)))
+
+
+def _files(
+    settings: TrainSettings, task: MakeTask | None, retain: Mapping[str, MakeTask] | None
+) -> Iterator[tuple[str, str]]:
+    """The files that are read, and not left to a function."""
+    if task is None and settings.task.kind != "custom":
+        yield from ((f"data.{name}", file) for name in ("train", "test") if (file := getattr(settings.data, name)))
+    if retain is None and settings.retain and settings.retain.kind != "custom" and settings.retain.test:
+        yield "retain.test", settings.retain.test
 
 
 def load_base(model: ModelSettings) -> tuple[nn.Module, str | None]:
@@ -122,14 +150,14 @@ def _new_task(model: nn.Module, settings: TrainSettings) -> Task:
     files = [file for file in (data.train, data.test) if file is not None]
     folder = _folder(settings, kind)
     if kind == "causal-lm":
-        tokenizer = load_tokenizer(folder)
-        train, test = _parts([read_texts(file, data, tokenizer) for file in files], settings)
+        tokenizer, texts = load_tokenizer(folder), with_length(data, model, "data")
+        train, test = _parts([read_texts(file, texts, tokenizer) for file in files], settings)
         return _language_task(_with_causal_head(model), test, train, tokenizer)
     if kind == "text-classification":
-        tokenizer = load_tokenizer(folder)
-        classes = classes_of_column(files, data)
+        tokenizer, texts = load_tokenizer(folder), with_length(data, model, "data")
+        classes = classes_of_column(data.train, data.test, data)
         config = config_of_classes(classes)
-        train, test = _parts([read_texts(file, data, tokenizer, config) for file in files], settings)
+        train, test = _parts([read_texts(file, texts, tokenizer, config) for file in files], settings)
     else:
         tokenizer = load_image_processor(folder)
         classes = classes_of_folder(data.train)
@@ -168,11 +196,11 @@ def _kept(model: nn.Module, kind: str, retain: RetainSettings, folder: str) -> T
     if kind == "image-classification":
         processor = load_image_processor(folder)
         return Task(model, FileExamples(read_images(retain.test, retain, processor, config)))
-    tokenizer = load_tokenizer(folder)
+    tokenizer, texts = load_tokenizer(folder), with_length(retain, model, "retain")
     if kind == "text-classification":
         _give_padding(model, tokenizer)
-        return Task(model, FileExamples(read_texts(retain.test, retain, tokenizer, config)))
-    examples = FileExamples(read_texts(retain.test, retain, tokenizer))
+        return Task(model, FileExamples(read_texts(retain.test, texts, tokenizer, config)))
+    examples = FileExamples(read_texts(retain.test, texts, tokenizer))
     if kind == "masked-lm":
         if tokenizer.mask_token_id is None:
             raise SpectraError(f"the tokenizer in {folder} has no token that masks; retain another task")

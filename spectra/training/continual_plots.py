@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from spectra.report.choosing import known
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from spectra.training.continual_result import Continual
+
+
+# Of the base against itself these are 0; shares and ranks of no update are not.
+FROM_ZERO = ("relative_update", "intruders")
 
 
 class ContinualPlots:
@@ -31,7 +36,7 @@ class ContinualPlots:
             is_own = bool((rows["kind"] == RETAINED).all())
             name = f"{task} (the base's own)" if is_own else str(task)
             ax.plot(rows["stage"], rows["score"], **style, markersize=4, linewidth=1.6, label=plain(name))
-        self._stages(ax)
+        self._stages(ax, table["stage"])
         last = self.result.summary.iloc[-1]
         message = f"after {int(last['stage'])} tasks: average {number(float(last['average_score']))}"
         if last["average_forgetting"] == last["average_forgetting"]:
@@ -43,20 +48,25 @@ class ContinualPlots:
         return ax
 
     def drift(self, quantity: str = "relative_update", *, ax: Axes | None = None) -> Axes:
-        """How far the weights of each stage are from the base's: a column of `drift`."""
+        """How far the weights of each stage are from the base's: a column of `drift`.
+
+        The line starts at the base, with 0, where the column is one of how much there is of something.
+        """
         ax = _axes(ax)
         table = self.result.drift
         known(quantity, [name for name in table.columns if name not in ("stage", "learnt")], "a quantity of drift")
-        ax.plot(table["stage"], table[quantity], **LINES[0], markersize=4, linewidth=1.6)
-        self._stages(ax)
+        start = [0] if quantity in FROM_ZERO else []
+        ax.plot([*start, *table["stage"]], [*start, *table[quantity]], **LINES[0], markersize=4, linewidth=1.6)
+        self._stages(ax, [*start, *table["stage"]])
         words = f"{quantity.replace('_', ' ')}: {number(table[quantity].iloc[0])} to {number(table[quantity].iloc[-1])}"
         label(ax, words, "each stage against the base", "stage", QUANTITIES.get(quantity, quantity.replace("_", " ")))
         return ax
 
-    def _stages(self, ax: Axes) -> None:
-        learnt = dict(zip(self.result.evaluations["stage"], self.result.evaluations["learnt"], strict=True))
-        names = ["base" if stage == 0 else f"{stage}: {plain(str(name))}" for stage, name in learnt.items()]
-        ax.set_xticks(list(learnt), names, fontsize=letters(ax) - 1)
+    def _stages(self, ax: Axes, stages: Iterable[int]) -> None:
+        """A tick for each of these stages, with what it learnt."""
+        learnt = dict(zip(self.result.drift["stage"], self.result.drift["learnt"], strict=True))
+        names = {stage: f"{stage}: {plain(str(learnt[stage]))}" if stage else "base" for stage in stages}
+        ax.set_xticks(list(names), list(names.values()), fontsize=letters(ax) - 1)
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from spectra.training.loop import Progress
 
 STAGE, BODY, HEAD, RUN = "stage.json", "body.safetensors", "head.safetensors", "run"
+RETAIN = "retain"  # what the task of the settings' [retain] is called
 _SHARED = {"model", "retain", "out"}  # settings that a task cannot have for itself
 
 
@@ -84,6 +85,12 @@ def continual(
     stages = [_stage(number, name, given, settings, folder) for number, (name, given) in enumerate(tasks.items(), 1)]
     if not stages:
         raise SpectraError("the sequence has no tasks; give at least one")
+    own = retain if retain is not None else {RETAIN} if settings.retain else {}
+    if both := [name for name in tasks if name in own]:
+        raise SpectraError(
+            f"{both[0]!r} names a task of the sequence and one of the base's own, whose scores stand in one table; "
+            "give one of them another name"
+        )
     base = copy.deepcopy(base) if base is not None else load_base(settings.model)[0]
     mark = fingerprint(base)
     _check_folder(folder, mark, resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import numpy as np
 import torch
 
 from spectra.errors import SpectraError
+from spectra.report.wording import counted
 from spectra.sources.batches import Batches
 from spectra.sources.examples import text_batches
 from spectra.sources.images import image_batches, image_files
 from spectra.sources.tables import read_columns
-from spectra.training.examples import Batch, Examples
+from spectra.training.examples import Batch
 from spectra.training.settings import DataSettings, RetainSettings
 from spectra.training.tasks import IGNORED
 
@@ -28,6 +30,11 @@ class FileExamples:
     """Examples read from a file or folder, by their number in `batches.order`."""
 
     batches: Batches
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided in reading them, a sentence each."""
+        return self.batches.notes
 
     def __len__(self) -> int:
         return self.batches.samples
@@ -41,8 +48,13 @@ class FileExamples:
 class MaskedTokens:
     """Texts with 15 % of their tokens masked, the same ones each time; labels are the tokens that were there."""
 
-    examples: Examples
+    examples: FileExamples
     tokenizer: Any
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided in reading them, a sentence each."""
+        return self.examples.notes
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -59,22 +71,19 @@ class MaskedTokens:
         return {**batch, "input_ids": ids.masked_fill(masked, self.tokenizer.mask_token_id), "labels": labels}
 
 
-def classes_of_column(files: Sequence[str], data: DataSettings) -> tuple[str, ...]:
+def classes_of_column(train: str, test: str | None, data: DataSettings) -> tuple[str, ...]:
     """The names of the classes in a column of labels: sorted, or "0", "1", ... where they are numbered from 0.
 
-    Raises `SpectraError` that names the file and row of a label that names no class.
+    Raises `SpectraError` that names the file and row of a label that names no class, and of a label of the test that no
+    training example has.
     """
-    found: set[str | int] = set()
-    for file in files:
-        values = read_columns(file, [data.label_column], limit=data.limit)[data.label_column]
-        for row, value in enumerate(values, 1):
-            number = int(value) if isinstance(value, bool | int | float) and value == int(value) else None
-            if number is None and not isinstance(value, str):
-                raise SpectraError(
-                    f"row {row} of {file} has {value!r} in the column {data.label_column!r}, which names no class; "
-                    "mend that row"
-                )
-            found.add(value if number is None else number)
+    found = {label for _, label in _labels(train, data)}
+    for row, label in _labels(test, data) if test is not None else ():
+        if label not in found:
+            raise SpectraError(
+                f"row {row} of {test} has the label {label!r}, which no row of {train} has, so that it cannot be "
+                "learnt; mend that row, or add examples of it"
+            )
     names = sorted(name for name in found if isinstance(name, str))
     numbers = sorted(number for number in found if isinstance(number, int))
     if names and numbers:
@@ -87,6 +96,21 @@ def classes_of_column(files: Sequence[str], data: DataSettings) -> tuple[str, ..
             "classes from 0; number them 0, 1, 2, ..., or give them names"
         )
     return tuple(names) if names else tuple(str(number) for number in range(numbers[-1] + 1))
+
+
+def _labels(file: str, data: DataSettings) -> list[tuple[int, str | int]]:
+    """Row, counted from 1, and label of every row."""
+    labels: list[tuple[int, str | int]] = []
+    values = read_columns(file, [data.label_column], limit=data.limit)[data.label_column]
+    for row, value in enumerate(values, 1):
+        number = int(value) if isinstance(value, bool | int | float) and float(value).is_integer() else None
+        if number is None and not isinstance(value, str):
+            raise SpectraError(
+                f"row {row} of {file} has {value!r} in the column {data.label_column!r}, which names no class; "
+                "mend that row"
+            )
+        labels.append((row, value if number is None else number))
+    return labels
 
 
 def classes_of_folder(folder: str) -> tuple[str, ...]:
@@ -127,13 +151,25 @@ def read_images(folder: str, data: DataSettings | RetainSettings, processor: Any
     return batches
 
 
+def fingerprint_of(source: str) -> str:
+    """SHA-256 of a file; of a folder of images, of their paths and sizes, for reading them all would take long."""
+    path = Path(source)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for image in image_files(path):
+        digest.update(f"{image.relative_to(path)}\0{image.stat().st_size}\0".encode())
+    return digest.hexdigest()
+
+
 def parted(batches: Batches, holdout: float, seed: int, source: str) -> tuple[Batches, Batches]:
     """The examples in two parts, the second with a share of `holdout`, drawn with the seed; both keep their order."""
     kept = round(holdout * batches.samples)
     if not 0 < kept < batches.samples:
         raise SpectraError(
-            f"{source} has {batches.samples} examples, of which data.holdout = {holdout:g} leaves none for training "
-            "or for the test; give data.test"
+            f"{source} has {counted(batches.samples, 'example')}, of which data.holdout = {holdout:g} leaves none for "
+            "training or for the test; give data.test"
         )
     chosen = set(np.random.default_rng((seed, 1)).permutation(batches.samples)[:kept].tolist())
     first = tuple(row for place, row in enumerate(batches.order) if place not in chosen)

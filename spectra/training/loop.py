@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from math import isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from spectra.errors import SpectraError
+from spectra.report.wording import counted
 from spectra.training.examples import Batch, drawn, examples_per_batch, in_turn
-from spectra.training.journal import Journal
+from spectra.training.journal import Log
 from spectra.training.optimising import learning_rate
-from spectra.training.settings import TrainSettings
+from spectra.training.settings import ADJUSTABLE, TrainSettings
+from spectra.training.settings_reading import flat
 from spectra.training.state import moving_tensors, random_state, restore_random_state, restore_tensors, save_state
 from spectra.training.tasks import Task, evaluate
 
@@ -37,20 +39,25 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 @dataclass
 class Position:
-    """Where a run stands. The data need no entry: what is drawn next follows from the seed and the step."""
+    """Where a run stands. The data need no entry: what is drawn next follows from the seed and the step.
+
+    `changes` says, a sentence each, from which step on a setting was another than that which the run began with.
+    """
 
     step: int = 0
     seconds: float = 0.0
     best_score: float = float("-inf")
     best_step: int = 0
+    changes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Loop:
     """A run that is ready to go: everything is on its device, and `model` is the task's, wrapped by accelerate.
 
-    `retained` are tasks that are only watched, by the names of their lines in the journal. `keep` writes what is
-    trained, at the steps that settings.keep_every names.
+    `retained` are tasks that are only watched, by the names of their lines in the log. `data` are fingerprints of the
+    files of examples, by the settings that name them. `keep` writes what is trained, at the steps that
+    settings.keep_every names.
     """
 
     settings: TrainSettings
@@ -62,14 +69,17 @@ class Loop:
     retained: Mapping[str, Task]
     steps: int
     fingerprint: str
+    data: Mapping[str, str]
+    log: Log
     progress: Progress | None = None
     keep: Callable[[int], None] | None = None
     position: Position = field(default_factory=Position)
 
-    def run(self, journal: Journal | None, stop: Callable[[], bool] = lambda: False) -> None:
-        """Train from where `position` stands to the last step. `journal` is None in all processes but the first.
+    def run(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Train from where `position` stands to the last step. The log begins when the first step has succeeded.
 
-        Raises: SpectraError where the loss is no longer finite; TrainingInterrupted where `stop` says so.
+        Raises: SpectraError where the model cannot be run on the data, where the loss is no longer finite, and where
+            the disk is full; TrainingInterrupted where `stop` says so.
         """
         settings, position, task = self.settings, self.position, self.task.called_through(self.model)
         assert task.train is not None
@@ -77,8 +87,11 @@ class Loop:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         started = time.perf_counter() - position.seconds
         last_loss = float("nan")
+        save_every = ceil(self.steps / 10) if settings.save_every is None else settings.save_every
         if position.step == 0:
-            self._look(journal, started)
+            self._look(started)
+        else:
+            self.log.begin()
         while position.step < self.steps:
             step = position.step + 1
             rate = learning_rate(settings.optimiser, step, self.steps)
@@ -110,22 +123,27 @@ class Loop:
             self.optimiser.zero_grad()
             last_loss, position.step, position.seconds = mean, step, time.perf_counter() - started
             line = {"loss": mean, "learning_rate": rate, "gradient_norm": norm if isfinite(norm) else None}
-            self._write(journal, "train", line)
+            self.log.begin()
+            self._write("train", line)
             keeping = settings.keep_every and _is_due(step, settings.keep_every, self.steps)
             if keeping or _is_due(step, settings.evaluate_every, self.steps):
-                self._look(journal, started)
+                self._look(started)
             stopping = bool(self._sum(torch.tensor(float(stop()))).item())  # one process that is asked stops all
-            saving = stopping or _is_due(step, settings.save_every, self.steps)
+            saving = stopping or _is_due(step, save_every, self.steps)
             if (saving or keeping) and not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
                 raise self._diverged(step, rate, "a weight became infinite or NaN", last_loss)
-            if keeping and self.keep is not None and journal is not None:
+            if saving and step < self.steps and not isfinite(next_loss := self._loss_of(step + 1, size)):
+                following = learning_rate(settings.optimiser, step + 1, self.steps)
+                raise self._diverged(step + 1, following, f"the loss became {next_loss}", last_loss)
+            if keeping and self.keep is not None and self.accelerator.is_main_process:
                 self.keep(step)
             if saving:
-                self._save(journal)
+                self._save()
             if self.progress:
                 self.progress(step, self.steps, f"loss {mean:.3f}")
             if stopping and step < self.steps:
                 raise TrainingInterrupted(self.folder, step)
+        self.log.begin()  # of a run without steps, or one that was stopped after its last
 
     def _batches(self, step: int, size: int) -> list[Batch]:
         """The batches of a step that are this process's, on the device."""
@@ -138,7 +156,15 @@ class Loop:
         parts = (own[start : start + size] for start in range(0, len(own), size))
         return [_on(accelerator.device, train.batch(indices)) for indices in parts]
 
-    def _look(self, journal: Journal | None, started: float) -> None:
+    def _loss_of(self, step: int, size: int) -> float:
+        """The loss that a step begins with, without dropout: weights that give none are not worth saving."""
+        batches = self._batches(step, size)
+        counted_targets = self._sum(torch.tensor(float(sum(self.task.counted(batch) for batch in batches)))).item()
+        if not counted_targets:  # which the step itself refuses
+            return 0.0
+        return evaluate(self.task, batches, self.accelerator.autocast, self._sum)["loss"]
+
+    def _look(self, started: float) -> None:
         """Score the new task and the retained ones, one line each."""
         accelerator, position = self.accelerator, self.position
         for name, task in {"test": self.task, **self.retained}.items():
@@ -148,16 +174,12 @@ class Loop:
                 task, (_on(accelerator.device, batch) for batch in shares), accelerator.autocast, self._sum
             )
             position.seconds = time.perf_counter() - started
-            self._write(journal, name, found)
+            self._write(name, found)
             if name == "test" and found["score"] > position.best_score:
                 position.best_score, position.best_step = found["score"], position.step
 
-    def _write(self, journal: Journal | None, split: str, values: Mapping[str, float | None]) -> None:
-        step, seconds = self.position.step, round(self.position.seconds, 3)
-        if journal is not None:
-            journal.write(step=step, split=split, **values, seconds=seconds)
-        if self.settings.trackers:
-            self.accelerator.log({f"{split}/{key}": value for key, value in values.items()}, step=step)
+    def _write(self, split: str, values: Mapping[str, float | None]) -> None:
+        self.log.write(self.position.step, split, values, round(self.position.seconds, 3))
 
     def _sum(self, value: Tensor) -> Tensor:
         """Added over all processes."""
@@ -166,20 +188,22 @@ class Loop:
         reduced: Tensor = self.accelerator.reduce(value.to(self.accelerator.device), "sum")
         return reduced.cpu()
 
-    def _save(self, journal: Journal | None) -> None:
+    def _save(self) -> None:
         scaler = self.accelerator.scaler
         states = [random_state(self.accelerator.device)]
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
             states = gather_object(states)
-        if journal is None:
+        if self.log.journal is None:
             return
         values = {
             **vars(self.position),
+            "adjustable": self._adjustable(),
             "fingerprint": self.fingerprint,
+            "data": dict(self.data),
             "examples": len(self.task.train) if self.task.train is not None else 0,
-            "journal": journal.size,
+            "journal": self.log.journal.size,
             "tensors": moving_tensors(self.accelerator.unwrap_model(self.model)),
             "optimiser": self.optimiser.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -188,15 +212,24 @@ class Loop:
         save_state(self.folder, values)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Stand where the saved state stood. Raises `SpectraError` where it is that of another run."""
+        """Stand where the saved state stood, and note settings that are others now.
+
+        Raises `SpectraError` where it is the state of another run, or of one on other data.
+        """
         if state["fingerprint"] != self.fingerprint:
             raise SpectraError(
                 f"the base is not the one that the run in {self.folder} started from; give that base, or --force"
             )
+        for name, mark in self.data.items():
+            if state["data"].get(name) != mark:
+                raise SpectraError(
+                    f"{name} holds other examples than those that the run in {self.folder} began with; give those "
+                    "again, or --force to start anew"
+                )
         if self.task.train is not None and state["examples"] != len(self.task.train):
             raise SpectraError(
-                f"the run in {self.folder} began with {state['examples']} training examples, and now there are "
-                f"{len(self.task.train)}; give the same data, or --force"
+                f"the run in {self.folder} began with {counted(state['examples'], 'training example')}, and now there "
+                f"are {len(self.task.train)}; give the same data, or --force to start anew"
             )
         restore_tensors(self.accelerator.unwrap_model(self.model), state["tensors"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -206,14 +239,30 @@ class Loop:
             restore_random_state(state["random"][self.accelerator.process_index], self.accelerator.device)
         for name in vars(self.position):
             setattr(self.position, name, state[name])
+        for name, value in self._adjustable().items():
+            if (before := state["adjustable"][name]) != value:
+                since = f"{name} is {value:g} from step {self.position.step + 1} on; it was {before:g} before"
+                self.position.changes.append(since)
+
+    def _adjustable(self) -> dict[str, float]:
+        """The settings that a run may be gone on with otherwise."""
+        settings = flat(self.settings.to_mapping())
+        return {name: settings[name] for name in ADJUSTABLE}
 
     def _diverged(self, step: int, rate: float, what: str, last: float) -> SpectraError:
         state = self.folder / "state.pt"
-        kept = f"the last good state is in {state}" if state.exists() else "no state had been saved yet"
         before = f"{last:.4g}" if isfinite(last) else "none in this run"
+        if not self.log.has_begun:
+            remedy = "start again with"
+        elif state.exists() and not isfinite(last):
+            remedy = f"the state in {state} diverges at once; start anew with --force and"
+        elif state.exists():
+            remedy = f"the last good state is in {state}; go on from there with --resume and"
+        else:
+            remedy = "no state had been saved yet; start again with --resume and"
         return SpectraError(
-            f"{what} at step {step} (learning rate {rate:.3g}, last finite loss "
-            f"{before}); {kept}; lower optimiser.learning_rate, or set optimiser.clip"
+            f"{what} at step {step} (learning rate {rate:.3g}, last finite loss {before}); {remedy} "
+            "a lower optimiser.learning_rate, or a tighter optimiser.clip"
         )
 
 

@@ -14,6 +14,7 @@ from spectra.lora import METHODS as INITIALISATIONS
 from spectra.lora import SliceConfig, attach, mean_gradients
 from spectra.lora.configuration import PEFT
 from spectra.lora.layers import kind_of
+from spectra.lora.targets import ALL_LINEAR
 from spectra.training.examples import Batch
 from spectra.training.misspelt import closest
 from spectra.training.settings import MethodSettings
@@ -95,6 +96,8 @@ def adapter_config(method: MethodSettings, task: Task | None = None, seed: int =
         for name, module in (task.model.named_modules() if task else ())
         if kind_of(module) and any(name == whole or name.startswith(f"{whole}.") for whole in head)
     ]
+    if method.rank is None:
+        raise SpectraError(f"the method {method.name} trains no adapter; choose another method")
     return SliceConfig(
         method=method.name,
         rank=method.rank,
@@ -103,7 +106,7 @@ def adapter_config(method: MethodSettings, task: Task | None = None, seed: int =
         alpha=method.alpha,
         use_rslora=method.use_rslora,
         scale=method.scale,
-        target_modules=method.targets or None,
+        target_modules=ALL_LINEAR if method.targets == (ALL_LINEAR,) else method.targets or None,
         exclude=(*method.exclude, *inside),
         modules_to_save=head,
         rank_pattern=method.rank_pattern,
@@ -111,5 +114,6 @@ def adapter_config(method: MethodSettings, task: Task | None = None, seed: int =
         start_pattern=method.start_pattern,
         position_pattern=method.position_pattern,
         dropout=method.dropout,
+        gamma=method.gamma,
         seed=seed,
     )

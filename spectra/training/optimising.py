@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from math import cos, pi
+from math import ceil, cos, pi
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ def steps_in_all(settings: OptimiserSettings, examples: int, examples_a_batch: i
         return settings.steps
     if settings.epochs is None:
         raise SpectraError("the settings say nowhere how long to train; give optimiser.steps or optimiser.epochs")
-    return max(1, round(settings.epochs * examples / (examples_a_batch * settings.accumulate)))
+    # Upwards, so that the last examples of a pass are seen; rounded first, since 0.1 * 30 is a little more than 3.
+    return ceil(round(settings.epochs * examples / (examples_a_batch * settings.accumulate), 9))
 
 
 def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
@@ -41,12 +42,18 @@ def make_optimiser(settings: OptimiserSettings, model: nn.Module) -> torch.optim
     """AdamW or SGD on the parameters that ask for a gradient, grouped by weight decay and by factor of the rate.
 
     Matrices decay, biases and norms do not. A group's "factor" multiplies the rate of every step. Raises `SpectraError`
-    where nothing is to be trained, or a pattern of learning_rate_pattern fits no trained parameter.
+    where nothing is to be trained, for parameters in float16, and for a pattern of learning_rate_pattern that fits no
+    trained parameter.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     patterns, used = settings.learning_rate_pattern, set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            if parameter.dtype == torch.float16:  # in which the smallest terms of both optimisers are zero
+                raise SpectraError(
+                    f"{name!r} would be trained in float16, which cannot hold small steps; set model.dtype to float32 "
+                    "or bfloat16 (only the factors of an adapter are float32 on any base)"
+                )
             pattern = next((glob for glob in patterns if fnmatchcase(name, glob)), None)
             used.add(pattern)
             factor = 1.0 if pattern is None else patterns[pattern]

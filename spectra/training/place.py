@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spectra.atomic import replacing
 from spectra.errors import SpectraError
 from spectra.training.journal import METRICS
 from spectra.training.run import ADAPTER, COMPARISON, MODEL, SUMMARY
-from spectra.training.settings import SETTINGS, TrainSettings
+from spectra.training.settings import ADJUSTABLE, SETTINGS, TrainSettings
 from spectra.training.state import STATE
 
 KEPT = "step-"
@@ -22,35 +24,48 @@ def kept_folder(folder: Path, step: int) -> Path:
     return folder / f"{KEPT}{step}"
 
 
-def check(folder: Path, settings: TrainSettings, *, resume: bool, force: bool) -> None:
-    """Make the folder, and refuse it where it is not this run's to write.
+@contextmanager
+def reserved(folder: Path, settings: TrainSettings, *, resume: bool, force: bool) -> Iterator[None]:
+    """Make the folder for the block, which writes into it; folders that it leaves empty in failing go again.
 
     Raises: SpectraError where it holds another run, this one but nobody asked to go on with it, other files, or what
         the run reads in a place that the run would write.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_inputs(folder, settings)
-        if force:
-            _check_foreign(folder)
-            return
-        if (folder / SETTINGS).exists():
-            _check_same(folder, settings)
-            if not resume:
-                finished = (folder / SUMMARY).exists()
-                state, what = ("finished", "show it again") if finished else ("begun and not finished", "go on with it")
-                raise SpectraError(
-                    f"{folder} holds this very run, {state}; give --resume to {what}, or --force to start anew"
-                )
-        elif any(folder.iterdir()):
-            raise SpectraError(f"{folder} holds files that are no run; choose another folder, or --force to use it")
-    except OSError as error:
-        raise _refused(folder, error) from error
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _check(folder, settings, resume=resume, force=force)
+        except OSError as error:
+            raise _refused(folder, error) from error
+        yield
+    except BaseException:
+        for path in made:
+            try:
+                path.rmdir()
+            except OSError:  # it holds what was computed
+                break
+        raise
+
+
+def _check(folder: Path, settings: TrainSettings, *, resume: bool, force: bool) -> None:
+    _check_inputs(folder, settings)
+    if force:
+        _check_foreign(folder)
+    elif (folder / SETTINGS).exists():
+        _check_same(folder, settings, resume=resume)
+    elif any(folder.iterdir()):
+        raise SpectraError(f"{folder} holds files that are no run; choose another folder, or --force to use it")
 
 
 def claim(folder: Path, settings: TrainSettings, *, force: bool) -> None:
-    """Write settings.json, after which the folder is this run's; `force` first takes away what another run wrote."""
+    """Write settings.json, after which the folder is this run's.
+
+    What a killed run left half written is taken away before; with `force`, all that another run wrote.
+    """
     try:
+        if (folder / SETTINGS).exists():
+            _sweep_up(folder)
         if force:
             _clear(folder)
         with replacing(folder / SETTINGS) as path:
@@ -91,13 +106,40 @@ def _written(folder: Path) -> list[Path]:
     return [*(folder / name for name in (ADAPTER, MODEL, COMPARISON)), *folder.glob(f"{KEPT}[0-9]*")]
 
 
-def _check_same(folder: Path, settings: TrainSettings) -> None:
-    there = TrainSettings.from_file(folder / SETTINGS)
-    if different := there.differences(settings):
+def _check_same(folder: Path, settings: TrainSettings, *, resume: bool) -> None:
+    """The run that is there must be this one, and it must be meant to be gone on with."""
+    finished = (folder / SUMMARY).exists()
+    different = TrainSettings.from_file(folder / SETTINGS).differences(settings)
+    may_change = not finished and {*different} <= {*ADJUSTABLE}
+    if different and not (resume and may_change):
+        remedy = "give --resume to go on with them from its last saved state" if may_change else "choose another folder"
         raise SpectraError(
             f"{folder} holds a run with other settings ({', '.join(different[:5])}"
-            f"{', ...' if len(different) > 5 else ''}); choose another folder, or give --force to replace it"
+            f"{', ...' if len(different) > 5 else ''}); {remedy}, or give --force to replace it"
         )
+    if not resume:
+        state, what = ("finished", "show it again") if finished else ("begun and not finished", "go on with it")
+        raise SpectraError(f"{folder} holds this very run, {state}; give --resume to {what}, or --force to start anew")
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run ended here, whose last saved state is then taken away, where killing had left it."""
+    if not (folder / SUMMARY).exists():
+        return False
+    with suppress(OSError):  # it may only be looked at
+        (folder / STATE).unlink(missing_ok=True)
+        _sweep_up(folder)
+    return True
+
+
+def _sweep_up(folder: Path) -> None:
+    """Take away what was being written when a run was killed; see `spectra.atomic` for the names."""
+    for name in (*FILES, ADAPTER, MODEL, COMPARISON, f"{KEPT}[0-9]*"):
+        for path in folder.glob(f".{name}.*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _clear(folder: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,17 @@ from spectra.checkpoints import open_checkpoint
 from spectra.comparing import compare
 from spectra.errors import SpectraError
 from spectra.linalg.svd import Spectrum
+from spectra.lora import attachment
+from spectra.lora.saving import class_names
 from spectra.pairing import pair
 from spectra.training.accelerating import make_accelerator, peak_memory
 from spectra.training.building import Built, MakeTask, build
 from spectra.training.examples import Batch, drawn, examples_per_batch
-from spectra.training.journal import Journal, read_lines
+from spectra.training.journal import Journal, Log, read_lines
 from spectra.training.loop import Loop, Progress, TrainingInterrupted
 from spectra.training.methods import METHODS, Preparation, adapter_config, full, head, method_named
 from spectra.training.optimising import make_optimiser, steps_in_all
-from spectra.training.place import check, claim, kept_folder
+from spectra.training.place import claim, finished, kept_folder, reserved
 from spectra.training.run import COMPARISON, SUMMARY, Run, load_run
 from spectra.training.saving import save_result, save_trained
 from spectra.training.settings import TrainSettings
@@ -62,50 +65,56 @@ def train(
         task, retain: functions that make a `Task` on the (copied) base, in the place of `[task]` and `[retain]`;
             retained tasks have a name each.
         spectra: name of module -> `Spectrum` of the base, filled and used again from run to run of a sweep.
-        resume: go on from the last saved state where there is one; a finished run is only read.
-        force: replace a run that is in the folder `out`.
+        resume: go on from the last saved state where there is one, if need be at another learning rate or clip; a
+            finished run is only read.
+        force: replace a run that is in the folder `out`, once the first step of this one has succeeded.
         progress: called with (steps done, steps in all, a word) after every step.
     Returns: `Run`. Its summary holds metric, score_before, score, loss, best_score, best_step, retained (per task:
-        before, after, forgetting = before - after), forgetting (their mean), steps, seconds, examples, parameters,
-        trainable_parameters, peak_memory_mib, device, result (name of the folder) and versions.
+        before, after, forgetting = before - after), forgetting (their mean), steps, seconds, examples, classes (names
+        by number, None where the model has none), parameters, trainable_parameters, peak_memory_mib, device, result
+        (name of the folder), base_sha256, data_sha256 (of the files of examples), notes (what was decided on the way,
+        a sentence each) and versions.
     Raises: SpectraError for settings, files or folders that will not do, and for a loss that is no longer finite (the
-        last saved state stays); TrainingInterrupted (a KeyboardInterrupt) on Ctrl-C, after saving.
+        last saved state stays); TrainingInterrupted (a KeyboardInterrupt) on Ctrl-C, after saving. A run that fails
+        before its first step leaves nothing in its folder.
     """
     chosen = _settings(settings, changes)
     if chosen.out is None:
         raise SpectraError("the settings name no folder for the run; give out")
+    if resume and force:
+        raise SpectraError("resume goes on with a run and force replaces it; give one of them")
     folder = Path(chosen.out)
     method = method_named(chosen.method.name)
     if method not in (full, head):
         adapter_config(chosen.method)
     accelerator = make_accelerator(chosen, folder)
-    if accelerator.is_main_process:
-        check(folder, chosen, resume=resume, force=force)
-    accelerator.wait_for_everyone()
-    if (folder / SUMMARY).exists() and not force:
-        return load_run(folder)
-    saved = load_state(folder) if resume and not force else None
-    with seeded(chosen.seed):
-        built = build(chosen, base=base, task=task, retain=retain)
-        before = _weights(built, copied=method is full)
-        mark = fingerprint(built.task.model)
-        cache = Path(chosen.cache) if chosen.cache else None
-        preparation = Preparation(chosen.seed, cache, spectra, lambda: _first_batches(built, chosen))
-        model = method(built.task, chosen.method, preparation)
-        loop = _ready(chosen, folder, accelerator, built, model, mark, progress)
-        if saved is not None:
-            loop.restore(saved)
-        if accelerator.is_main_process:
-            claim(folder, chosen, force=force)
-        _train(loop, saved)
-    if accelerator.is_main_process:
-        result = save_result(folder, built.task, model, is_adapter=method not in (full, head))
-        if chosen.compare:
-            _compare(chosen, built.source or before, folder / result, built.task.head)
-        _summarise(loop, result)
-        (folder / STATE).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    return Run(folder, chosen, json.loads((folder / SUMMARY).read_text(encoding="utf-8")), model)
+    is_first = accelerator.is_main_process
+    with reserved(folder, chosen, resume=resume, force=force) if is_first else nullcontext():
+        accelerator.wait_for_everyone()
+        if finished(folder) and not force:
+            return load_run(folder)
+        saved = load_state(folder) if resume else None
+        with seeded(chosen.seed):
+            built = build(chosen, base=base, task=task, retain=retain)
+            before = _weights(built, copied=method is full)
+            mark = fingerprint(built.task.model)
+            cache = Path(chosen.cache) if chosen.cache else None
+            preparation = Preparation(chosen.seed, cache, spectra, lambda: _first_batches(built, chosen))
+            model = method(built.task, chosen.method, preparation)
+            log = _log(chosen, folder, accelerator, 0 if saved is None else saved["journal"], force)
+            loop = _ready(chosen, folder, accelerator, built, model, mark, log, progress)
+            if saved is not None:
+                loop.restore(saved)
+            _train(loop)
+        if is_first:
+            result = save_result(folder, built.task, model, is_adapter=method not in (full, head))
+            if chosen.compare:
+                _compare(chosen, built.source or before, folder / result, built.task.head)
+            own = () if method in (full, head) else attachment(model).notes
+            _summarise(loop, result, class_names(built.task.model), (*built.notes, *own, *loop.position.changes))
+            (folder / STATE).unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+        return Run(folder, chosen, json.loads((folder / SUMMARY).read_text(encoding="utf-8")), model)
 
 
 def _settings(given: Any, changes: Mapping[str, Any]) -> TrainSettings:
@@ -152,6 +161,7 @@ def _ready(
     built: Built,
     model: nn.Module,
     mark: str,
+    log: Log,
     progress: Progress | None,
 ) -> Loop:
     """Everything on its device, the trained model wrapped by accelerate."""
@@ -162,25 +172,41 @@ def _ready(
     assert examples is not None
     steps = steps_in_all(settings.optimiser, len(examples), examples_per_batch(examples, settings.optimiser.batch_size))
     wrapped, optimiser = accelerator.prepare(model, make_optimiser(settings.optimiser, model))
-    if settings.trackers:
-        accelerator.init_trackers("spectra", config={"seed": settings.seed, "method": settings.method.name})
     task = built.task.called_through(model)
     is_adapter = method_named(settings.method.name) not in (full, head)
     return Loop(
-        settings, folder, accelerator, task, wrapped, optimiser, built.retained, steps, mark, progress=progress,
+        settings, folder, accelerator, task, wrapped, optimiser, built.retained, steps, mark, built.fingerprints(), log,
+        progress=progress,
         keep=lambda step: save_trained(kept_folder(folder, step), built.task, model, is_adapter),
     )  # fmt: skip
 
 
-def _train(loop: Loop, saved: Mapping[str, Any] | None) -> None:
-    journal = Journal(loop.folder, saved["journal"] if saved else 0) if loop.accelerator.is_main_process else None
+def _log(settings: TrainSettings, folder: Path, accelerator: Accelerator, size: int, force: bool) -> Log:
+    """The lines of the run, the first of which make the folder its own. `size`: of the journal that is gone on with."""
+
+    def begin() -> Journal | None:
+        journal = None
+        if accelerator.is_main_process:
+            claim(folder, settings, force=force)
+            journal = Journal(folder, size)
+        if settings.trackers:
+            accelerator.init_trackers("spectra", config={"seed": settings.seed, "method": settings.method.name})
+        return journal
+
+    def track(values: Mapping[str, Any], step: int) -> None:
+        if settings.trackers:
+            accelerator.log(values, step=step)
+
+    return Log(begin, track)
+
+
+def _train(loop: Loop) -> None:
     try:
         with wish_to_stop() as stop:
-            loop.run(journal, stop)
+            loop.run(stop)
     finally:
-        if journal is not None:
-            journal.close()
-        if loop.settings.trackers:
+        loop.log.close()
+        if loop.settings.trackers and loop.log.has_begun:
             loop.accelerator.end_training()
 
 
@@ -198,7 +224,7 @@ def _compare(settings: TrainSettings, base: Any, result: Path, new: tuple[str, .
     found.save(result.parent / COMPARISON)
 
 
-def _summarise(loop: Loop, result: str) -> None:
+def _summarise(loop: Loop, result: str, classes: Sequence[str], notes: Iterable[str]) -> None:
     """Write summary.json, last of all: its being there says that the run is finished."""
     lines, position = read_lines(loop.folder), loop.position
     of = {name: [line for line in lines if line["split"] == name] for name in ("test", *loop.retained)}
@@ -213,8 +239,9 @@ def _summarise(loop: Loop, result: str) -> None:
     lost = [scores["forgetting"] for scores in retained.values()]
     model = loop.accelerator.unwrap_model(loop.model)
     sizes = {True: 0, False: 0}
-    for parameter in model.parameters():
-        sizes[parameter.requires_grad] += parameter.numel()
+    for name, parameter in model.named_parameters():
+        if ".original_module." not in name:  # what peft keeps of a module that it trains a copy of
+            sizes[parameter.requires_grad] += parameter.numel()
     assert loop.task.train is not None
     summary = {
         "method": loop.settings.method.name,
@@ -229,6 +256,7 @@ def _summarise(loop: Loop, result: str) -> None:
         "steps": position.step,
         "seconds": round(position.seconds, 3),
         "examples": len(loop.task.train),
+        "classes": list(classes) or None,
         "trainable_parameters": sizes[True],
         "parameters": sum(sizes.values()),
         "peak_memory_mib": round(peak_memory(loop.accelerator.device), 1),
@@ -236,10 +264,18 @@ def _summarise(loop: Loop, result: str) -> None:
         "processes": loop.accelerator.num_processes,
         "result": result,
         "base_sha256": loop.fingerprint,
+        "data_sha256": dict(loop.data),
+        "notes": list(dict.fromkeys(notes)),
         "versions": {
             "spectra": spectra.__version__,
             **{name: version(name) for name in ("torch", "accelerate", "peft", "transformers")},
         },
     }
-    with replacing(loop.folder / SUMMARY) as path:
-        path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    try:
+        with replacing(loop.folder / SUMMARY) as path:
+            path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SpectraError(
+            f"cannot write {loop.folder / SUMMARY}: {error.strerror or error}; free some space, then go on with "
+            "--resume"
+        ) from error

@@ -23,30 +23,37 @@ def save_result(folder: Path, task: Task, model: nn.Module, is_adapter: bool) ->
 
 
 def save_trained(place: Path, task: Task, model: nn.Module, is_adapter: bool) -> None:
-    """Write what was trained into the folder `place`; the tokenizer (or image processor) goes with a whole model.
+    """Write what was trained into the folder `place`, and the tokenizer (or image processor) beside it.
 
-    A transformers model is written as `save_pretrained` does, any other module as model.safetensors. Raises
-    `SpectraError` where the disk does not take it.
+    A transformers model is written as `save_pretrained` does, any other module as model.safetensors. What is in `place`
+    is replaced. Raises `SpectraError` where the disk does not take it.
     """
     try:
-        if is_adapter:
-            save_adapter(model, place, force=True)
-        else:
-            with replacing_folder(place) as temporary:
+        with replacing_folder(place) as temporary:
+            if is_adapter:
+                save_adapter(model, temporary)
+            else:
                 _save_model(model, temporary)
-                if task.tokenizer is not None:
-                    task.tokenizer.save_pretrained(temporary)
-    except OSError as error:
+            if task.tokenizer is not None:
+                task.tokenizer.save_pretrained(temporary)
+    except (OSError, SpectraError) as error:
+        reason = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(reason, OSError):
+            raise
         raise SpectraError(
-            f"cannot write {place}: {error.strerror or error}; free some space, then go on with --resume"
+            f"cannot write {place}: {reason.strerror or reason}; free some space, then go on with --resume"
         ) from error
 
 
 def _save_model(model: Any, place: Path) -> None:
-    if hasattr(model, "save_pretrained"):
-        with quietly():
-            model.save_pretrained(place)
-    else:
-        from safetensors.torch import save_model
+    from safetensors import SafetensorError
+    from safetensors.torch import save_model
 
-        save_model(model, str(place / "model.safetensors"))
+    try:
+        if hasattr(model, "save_pretrained"):
+            with quietly():
+                model.save_pretrained(place)
+        else:
+            save_model(model, str(place / "model.safetensors"))
+    except SafetensorError as error:  # of a full disk
+        raise OSError(str(error)) from error

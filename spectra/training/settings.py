@@ -7,16 +7,16 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from spectra.errors import SpectraError
-from spectra.training.misspelt import closest
 from spectra.training.settings_file import read_settings
+from spectra.training.settings_reading import flat, read_table
 
 TaskKind = Literal["text-classification", "image-classification", "causal-lm", "masked-lm", "custom"]
 
 SETTINGS = "settings.json"
+WITHOUT_ADAPTER = ("full", "head")  # methods that train parameters of the model itself
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,15 @@ class DataSettings:
     """`[data]`: files of rows (CSV, JSON lines, JSON, Parquet) or image folders with one subfolder a class.
 
     train, test: a file or folder each; without test, `holdout` of the rows of train, drawn with the seed, are kept
-    apart for it.   max_length: tokens a text is cut to.   limit: rows read of each file.
+    apart for it.   max_length: tokens a text is cut to; None: 128, or as many as the model has positions for where
+    those are fewer.   limit: rows read of each file.
     """
 
     train: str | None = None
     test: str | None = None
     text_column: str = "text"
     label_column: str = "label"
-    max_length: int = 128
+    max_length: int | None = None
     limit: int | None = None
     holdout: float = 0.2
 
@@ -63,6 +64,7 @@ class RetainSettings:
     """`[retain]`: the base's own task, scored with the base's own head before, during and after training.
 
     kind None: what the base's class was made for.   test: its data.   factory: as in `[task]`, for kind "custom".
+    max_length, limit: as in `[data]`.
     """
 
     kind: TaskKind | None = None
@@ -70,7 +72,7 @@ class RetainSettings:
     test: str | None = None
     text_column: str = "text"
     label_column: str = "label"
-    max_length: int = 128
+    max_length: int | None = None
     limit: int | None = None
 
 
@@ -78,13 +80,15 @@ class RetainSettings:
 class MethodSettings:
     """`[method]`: which parameters move, and from where. Names are those of `spectra.training.METHODS`.
 
-    rank, alpha, targets, exclude, dropout, scale and the patterns are those of `spectra.lora.SliceConfig`; a slice is
-    given by exactly one of position (0 = largest singular values, 1 = smallest) and start.   gradient_batches: over how
-    many training batches `lora_ga` averages the gradient that it starts from.
+    rank, alpha, exclude, dropout, scale, gamma and the patterns are those of `spectra.lora.SliceConfig`, targets its
+    `target_modules`: patterns, or "all-linear". A slice is given by exactly one of position (0 = largest singular
+    values, 1 = smallest) and start. rank is 8 where an adapter is trained and none is given; `full` and `head`, which
+    train none, take nothing but their name.   gradient_batches: over how many training batches `lora_ga` averages the
+    gradient that it starts from.
     """
 
     name: str = "slice"
-    rank: int = 8
+    rank: int | None = None
     position: float | None = None
     start: int | None = None
     alpha: float | None = None
@@ -97,13 +101,19 @@ class MethodSettings:
     start_pattern: Mapping[str, int] = field(default_factory=dict)
     position_pattern: Mapping[str, float] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    gamma: float = 16.0
     gradient_batches: int = 8
+
+    def __post_init__(self) -> None:
+        if self.rank is None and self.name not in WITHOUT_ADAPTER:
+            object.__setattr__(self, "rank", 8)
 
 
 @dataclass(frozen=True)
 class OptimiserSettings:
     """`[optimiser]`. Exactly one of steps and epochs; a step is one update, of batch_size x accumulate examples.
 
+    epochs: passes over the training examples, as many whole steps as it takes to have seen all of them so often.
     warmup: the share of all steps over which the rate rises linearly from 0.   weight_decay: of matrices only, never of
     biases and norms; it pulls A and B toward 0, which for a slice is away from the base.   clip: the largest norm of
     the gradient; 0: no clipping.   momentum: of sgd.   learning_rate_pattern: globs on parameter names to factors of
@@ -128,11 +138,12 @@ class OptimiserSettings:
 class TrainSettings:
     """A run. `out` is its folder; two runs of equal settings, but for `out` and what only says how, are one run.
 
-    evaluate_every, save_every: in steps; None evaluates before and after only, and saves at the end only (and on
-    Ctrl-C).   keep_every: in steps; what is trained is scored and kept in a folder `step-N`, at the end too, for
-    `spectra compare BASE step-* --sequence`.   device: "auto", "cpu", "cuda", "cuda:1", "mps".   precision: of the
-    forward pass ("no", "bf16", "fp16").   compare: whether base and result are compared at the end.   cache: a folder
-    of base spectra, as of `compare`.   trackers: names that `accelerate` knows ("tensorboard", "wandb").
+    evaluate_every: in steps; None evaluates before and after only.   save_every: in steps, after which the state is
+    saved from which a killed run goes on; None saves after every tenth of the run, 0 only at its end and on Ctrl-C.
+    keep_every: in steps; what is trained is scored and kept in a folder `step-N`, at the end too, for `spectra compare
+    BASE step-* --sequence`.   device: "auto", "cpu", "cuda", "cuda:1", "mps".   precision: of the forward pass ("no",
+    "bf16", "fp16").   compare: whether base and result are compared at the end.   cache: a folder of base spectra, as
+    of `compare`.   trackers: names that `accelerate` knows ("tensorboard", "wandb").
     """
 
     model: ModelSettings = ModelSettings()
@@ -165,7 +176,7 @@ class TrainSettings:
         >>> TrainSettings.from_mapping({"method": {"name": "slice", "position": 0.5}}).method.position
         0.5
         """
-        settings: TrainSettings = _read(cls, mapping, "", source)
+        settings: TrainSettings = read_table(cls, mapping, "", source)
         settings.check(source)
         return settings
 
@@ -177,14 +188,17 @@ class TrainSettings:
     def changed(self, changes: Mapping[str, Any], source: str = "the settings") -> TrainSettings:
         """These settings with others in their place, by dotted keys: {"method.position": 0.25, "seed": 1}.
 
-        Of two that exclude each other (steps, epochs; position, start; source, factory) the new one drops the old one,
-        and a method that takes no slice drops the slice of the last one.
+        Of two that exclude each other (steps, epochs; position, start; source, factory) the new one drops the old one;
+        a method that takes no slice drops the slice of the last one, and one without an adapter all of the last one's.
         """
         mapping = self.to_mapping()
         for one, other in (*_EITHER, *((other, one) for one, other in _EITHER)):
             if changes.get(one) is not None and other not in changes:
                 changes = {**changes, other: None}
-        if changes.get("method.name", "slice") not in ("slice", "random"):
+        if changes.get("method.name") in WITHOUT_ADAPTER:
+            unset = dataclasses.asdict(MethodSettings(name=changes["method.name"]))
+            changes = {**{f"method.{key}": value for key, value in unset.items()}, **changes}
+        elif changes.get("method.name", "slice") not in ("slice", "random"):
             changes = {**{key: None if "pattern" not in key else {} for key in _OF_A_SLICE}, **changes}
         for key, value in changes.items():
             *tables, last = key.split(".", 2)  # what is left in the third place is a pattern, which may hold dots
@@ -200,7 +214,7 @@ class TrainSettings:
 
     def differences(self, other: TrainSettings) -> list[str]:
         """The dotted keys whose values decide a run's numbers and differ."""
-        one, two = _flat(self.to_mapping()), _flat(other.to_mapping())
+        one, two = flat(self.to_mapping()), flat(other.to_mapping())
         keys = (key for key in sorted({*one, *two}) if key.split(".")[0] not in _SAYS_HOW)
         return [key for key in keys if one.get(key) != two.get(key)]
 
@@ -213,6 +227,13 @@ class TrainSettings:
             raise SpectraError(f"{source} gives both method.position and method.start; keep one of them")
         if method.position is not None and not 0 <= method.position <= 1:
             raise SpectraError(f"{source} gives method.position = {method.position}, which must lie between 0 and 1")
+        unset = MethodSettings(name=method.name)
+        idle = [item.name for item in dataclasses.fields(method) if vars(method)[item.name] != vars(unset)[item.name]]
+        if method.name in WITHOUT_ADAPTER and idle:
+            raise SpectraError(
+                f"{source} gives method.{idle[0]}, which the method {method.name} has no use for, since it trains no "
+                "adapter; leave it out"
+            )
         if optimiser.steps is not None and optimiser.epochs is not None:
             raise SpectraError(f"{source} gives both optimiser.steps and optimiser.epochs; keep one of them")
         least: dict[str, tuple[float | None, float]] = {
@@ -230,9 +251,11 @@ class TrainSettings:
             "optimiser.clip": (optimiser.clip, 0),
             "data.max_length": (self.data.max_length, 1),
             "data.limit": (self.data.limit, 1),
+            "retain.max_length": (self.retain.max_length if self.retain else None, 1),
+            "retain.limit": (self.retain.limit if self.retain else None, 1),
             "data.holdout": (self.data.holdout, 0),
             "evaluate_every": (self.evaluate_every, 1),
-            "save_every": (self.save_every, 1),
+            "save_every": (self.save_every, 0),
             "keep_every": (self.keep_every, 1),
             "evaluation_batch_size": (self.evaluation_batch_size, 1),
         }
@@ -254,55 +277,5 @@ _OF_A_SLICE = ("method.position", "method.start", "method.position_pattern", "me
 # What changes where and how a run is made and kept, and none of its numbers.
 _SAYS_HOW = {"out", "save_every", "device", "cache", "compare", "trackers"}
 
-
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _read(table: Any, mapping: Any, where: str, source: str) -> Any:
-    """A frozen settings class out of a mapping, with every key and type checked."""
-    if not isinstance(mapping, Mapping):
-        raise SpectraError(f"{source} gives {where.rstrip('.')} = {mapping!r}, which must be a table of settings")
-    hints = get_type_hints(table)
-    for key in mapping:
-        if key not in hints:
-            place = f"[{where.rstrip('.')}]" if where else "the top level"
-            raise SpectraError(f"{source} gives {where}{key}, which is no setting of {place}{closest(key, hints)}")
-    return table(**{key: _value(hints[key], value, f"{where}{key}", source) for key, value in mapping.items()})
-
-
-def _value(hint: Any, value: Any, key: str, source: str) -> Any:
-    """`value` as the type that the setting has; an int serves as a float, a string as a sequence of one."""
-    if get_origin(hint) in (UnionType, Union):
-        if value is None and type(None) in get_args(hint):
-            return None
-        (hint,) = (option for option in get_args(hint) if option is not type(None))
-    if dataclasses.is_dataclass(hint):
-        return _read(hint, value, f"{key}.", source)
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            choices = ", ".join(map(str, get_args(hint)))
-            raise SpectraError(f"{source} gives {key} = {value!r}, which must be one of {choices}")
-        return value
-    if get_origin(hint) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
-            raise SpectraError(f"{source} gives {key} = {value!r}, which must be a list of strings")
-        return tuple(items)
-    if get_origin(hint) is Mapping:
-        _, of = get_args(hint)
-        if not isinstance(value, Mapping):
-            raise SpectraError(f"{source} gives {key} = {value!r}, which must be a table from patterns to values")
-        return {pattern: _value(of, item, f"{key}.{pattern}", source) for pattern, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
-        raise SpectraError(f"{source} gives {key} = {value!r}, which must be {kind[hint.__name__]}")
-    return value
+# What a run that diverged may go on with otherwise: it decides numbers, and which steps it held for is noted.
+ADJUSTABLE = ("optimiser.learning_rate", "optimiser.clip")

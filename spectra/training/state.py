@@ -19,7 +19,7 @@ from spectra.errors import SpectraError
 from spectra.tensor_files import write_torch
 
 STATE = "state.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:

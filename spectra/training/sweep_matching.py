@@ -11,6 +11,7 @@ from math import sqrt
 
 import torch
 
+from spectra.errors import SpectraError
 from spectra.lora import attach
 from spectra.lora.record import adapted_layers
 from spectra.training.methods import adapter_config
@@ -83,9 +84,17 @@ def matched_rates(
         methods: settings by a name of your choice.   reference: position of the slice whose step size all get.
         patterns: of the settings; what they give a factor is multiplied in, and they stay for all other parameters.
     Returns: name -> pattern -> factor; a pattern for each trained factor of each module, then the given ones.
+    Raises: SpectraError for a pattern that fits no trained parameter.
     """
     first = next(iter(methods.values()))
     aim = start_sizes(task, replace(first, name="slice", position=reference, start=None), seed, cache)
+    trained = [*(factor for factors in aim.factors.values() for factor in factors), *aim.others]
+    for glob in patterns:
+        if not any(fnmatchcase(name, glob) for name in trained):
+            raise SpectraError(
+                f"optimiser.learning_rate_pattern has {glob!r}, which fits no trained parameter of the slices; "
+                f"one of them is {trained[-1]!r}"
+            )
     kept = {glob: factor for glob, factor in patterns.items() if any(fnmatchcase(name, glob) for name in aim.others)}
     result = {}
     for name, method in methods.items():

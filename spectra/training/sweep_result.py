@@ -57,9 +57,9 @@ class Sweep:
     """What a sweep found.
 
     Attributes:
-        runs: a row a run, in the order of the grid; columns are defined in `spectra/definitions.md`. A run that failed
-            has status "failed", its reason, and no numbers.
-        provenance: settings, grid and versions.
+        runs: a row a run, in the order of the grid, then finished runs of earlier grids in the same folder; columns are
+            defined in `spectra/definitions.md`. A run that failed has status "failed", its reason, and no numbers.
+        provenance: settings, the last grid, fingerprint of the base, and versions.
     """
 
     runs: pd.DataFrame

@@ -20,20 +20,19 @@ from spectra.engines.local import available_cores
 from spectra.errors import SpectraError
 from spectra.report.wording import counted
 from spectra.sources.libraries import first_line
-from spectra.training.building import MakeTask, build
+from spectra.training.building import MakeTask, build, load_base
 from spectra.training.run import Run
 from spectra.training.running import train
 from spectra.training.settings import SETTINGS, TrainSettings
 from spectra.training.state import fingerprint, seeded
-from spectra.training.sweep_grid import DECIDED, MATCHED, Grid, PlannedRun, plan
+from spectra.training.sweep_folder import ROW, RUNS, begun, finished_rows
+from spectra.training.sweep_grid import MATCHED, Grid, PlannedRun, plan
 from spectra.training.sweep_matching import matched_rates, start_sizes
-from spectra.training.sweep_result import KIND, Sweep, load_sweep, spectral_columns, table_of
+from spectra.training.sweep_result import Sweep, spectral_columns, table_of
 from spectra.training.sweep_workers import Died, Processes, run_here
 
 if TYPE_CHECKING:
     from spectra.training.loop import Progress
-
-RUNS, ROW = "runs", "row.json"
 
 
 class SweepInterrupted(KeyboardInterrupt):
@@ -63,8 +62,9 @@ def sweep(
 
     Every run has a folder below `out`/runs, and `out`/sweep_runs.parquet is written anew as each of them ends. A sweep
     that was stopped, in whatever way, goes on when it is asked for again, and ends with the table (but for `seconds`)
-    of one that was not; the grid may have grown in between. Runs that failed are rows with the reason, and are tried
-    again then. The base is decomposed once, into the settings' `cache` (`out`/spectra by default).
+    of one that was not. Runs that failed are rows with the reason, and are tried again then. Another grid of the same
+    settings may be asked for in the same folder: runs of earlier ones stay in the table, after those of this one. The
+    base is decomposed once, into the settings' `cache` (`out`/spectra by default).
 
     Args:
         settings: what all runs share, as of `train`; `out` and what the grid decides are not looked at.
@@ -76,8 +76,9 @@ def sweep(
             follow each other in this process, which needs nothing to be importable.
         resume: False refuses a folder that holds a sweep.
         progress: called with (runs done, runs in all, the name of the last one).
-    Raises: SpectraError for settings that do not fit the grid, for a folder with a sweep of other settings, and where
-        every run failed; SweepInterrupted (a KeyboardInterrupt) on Ctrl-C.
+    Raises: SpectraError for settings that do not fit the grid, for a folder with a sweep of other settings or of
+        another base, and where every run of the grid failed; SweepInterrupted (a KeyboardInterrupt) on Ctrl-C.
+    Cost: beside the runs, one loading of the base, for its fingerprint.
     """
     settings = settings if isinstance(settings, TrainSettings) else TrainSettings.from_mapping(settings)
     grid = grid if isinstance(grid, Grid) else Grid.from_mapping(grid)
@@ -85,28 +86,33 @@ def sweep(
     cache = settings.cache or str(folder / "spectra")
     settings = replace(settings, out=None, cache=cache)
     planned = plan(settings, grid)
-    _check_folder(folder, settings, None if base is None else fingerprint(base), resume)
     if workers is not None and workers < 0:
         raise SpectraError(f"a sweep with {workers} workers cannot run; give 1 or more, or 0 for this process")
+    there = begun(folder, settings, resume=resume)
+    mark = _fingerprint(settings, base)
+    if there is not None and there["base_sha256"] != mark:
+        raise SpectraError(
+            f"the runs in {folder} began with another base than the one given now; choose another folder, or remove it"
+        )
     provenance = {
         "spectra": spectra.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings.to_mapping(),
         "grid": grid.to_mapping(),
-        "base_sha256": None if base is None else fingerprint(base),
+        "base_sha256": mark,
     }
-    rows: dict[str, Mapping[str, Any]] = {
-        run.name: row for run in planned if (row := _finished_row(folder / RUNS / run.name))
-    }
+    rows = finished_rows(folder)
+    names = [run.name for run in planned]
+    others = [name for name in rows if name not in names]
 
     def so_far() -> Sweep:
-        return Sweep(table_of([rows[run.name] for run in planned if run.name in rows]), provenance)
+        return Sweep(table_of([rows[name] for name in (*names, *others) if name in rows]), provenance)
 
     def note(run: PlannedRun, row: Mapping[str, Any]) -> None:
         rows[run.name] = row
         so_far().save(folder)
         if progress:
-            progress(len(rows), len(planned), run.name)
+            progress(len(rows) - len(others), len(planned), run.name)
 
     pending = [run for run in planned if run.name not in rows]
     work = _Work(folder, base, task, dict(retain) if retain else None, validation)
@@ -119,11 +125,16 @@ def sweep(
                 _run(processes.run, pending, grid, note)
     except KeyboardInterrupt as interruption:
         raise SweepInterrupted(so_far(), folder) from interruption
-    result = so_far()
-    if (result.runs["status"] == "failed").all():
+    if all(rows[name]["status"] == "failed" for name in names):
         what = f"all {len(planned)} runs of the sweep failed; the first" if len(planned) > 1 else "the only run failed"
-        raise SpectraError(f"{what}: {result.runs['reason'].iloc[0]}")
-    return result
+        raise SpectraError(f"{what}: {rows[names[0]]['reason']}")
+    return so_far()
+
+
+def _fingerprint(settings: TrainSettings, base: nn.Module | None) -> str:
+    """That of the base which the runs will have."""
+    with seeded(0):  # weights that a folder lacks are drawn at random, the same for one folder
+        return fingerprint(load_base(settings.model)[0] if base is None else base)
 
 
 def _run(
@@ -248,41 +259,6 @@ def _measured(run: Run) -> dict[str, Any]:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def _finished_row(folder: Path) -> dict[str, Any] | None:
-    """The row that a run left; None where it has not ended, or failed and is to be tried again."""
-    try:
-        row: dict[str, Any] = json.loads((folder / ROW).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise SpectraError(
-            f"{folder / ROW} cannot be read ({error}); remove {folder}, and its run is run again"
-        ) from error
-    return row if row["status"] == "finished" else None
-
-
-def _check_folder(folder: Path, settings: TrainSettings, base: str | None, resume: bool) -> None:
-    """Make the folder. Raises: SpectraError where it is not this sweep's."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not KIND.begun_in(folder):
-            return
-    except OSError as error:
-        raise SpectraError(f"cannot write into {folder}: {error.strerror or error}; choose another folder") from error
-    if not resume:
-        raise SpectraError(f"{folder} holds a sweep already; go on with it, or choose another folder")
-    there = load_sweep(folder).provenance
-    changed = TrainSettings.from_mapping(there["settings"]).differences(settings)
-    different = [key for key in changed if key not in DECIDED]
-    if base != there.get("base_sha256"):
-        different.append("the base")
-    if different:
-        raise SpectraError(
-            f"{folder} holds a sweep with other settings ({', '.join(different[:5])}); "
-            "choose another folder, or remove it"
-        )
 
 
 def _places(device: str, workers: int | None, jobs: int) -> list[str | None]:

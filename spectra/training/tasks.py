@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectra.errors import SpectraError
+from spectra.sources.libraries import first_line
 from spectra.training.examples import Batch, Examples, as_examples
 
 Metric = Literal["accuracy", "log_likelihood"]
@@ -61,6 +62,19 @@ def next_tokens(batch: Batch) -> Tensor:
     return labels[:, 1:]
 
 
+def described(batch: Batch) -> str:
+    """The shapes of a batch, for messages.
+
+    >>> described({"input_ids": torch.zeros(8, 600), "labels": torch.zeros(8)})
+    'input_ids 8 x 600, labels 8'
+    """
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{name} {described(value)}" for name, value in batch.items())
+    if isinstance(batch, tuple | list):
+        return ", ".join(map(described, batch))
+    return " x ".join(map(str, batch.shape)) if isinstance(batch, Tensor) else type(batch).__name__
+
+
 IGNORED = -100  # the target that does not count, as in torch's cross_entropy
 
 
@@ -94,8 +108,19 @@ class Task:
                 object.__setattr__(self, name, as_examples(given, f"`{name}` of the task"))
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of the losses (float32, differentiable), number of hits, number of counted targets of one batch."""
-        logits, targets = self.forward(self.model, batch), self.targets(batch)
+        """Sum of the losses (float32, differentiable), number of hits, number of counted targets of one batch.
+
+        Raises: SpectraError where the model cannot be run on the batch, or its logits do not fit the targets.
+        """
+        try:
+            logits, targets = self.forward(self.model, batch), self.targets(batch)
+        except SpectraError:
+            raise
+        except Exception as error:  # models and tasks are the user's own, and may raise anything
+            raise SpectraError(
+                f"{type(self.model).__name__} cannot be run on a batch of {described(batch)}: "
+                f"{type(error).__name__}: {first_line(error)}; give data that it takes, or mend the task"
+            ) from error
         if logits.shape[:-1] != targets.shape:
             raise SpectraError(
                 f"the model gives logits of shape {tuple(logits.shape)} for targets of shape {tuple(targets.shape)}; "

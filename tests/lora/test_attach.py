@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -326,3 +328,48 @@ def test_corda_and_eva_look_at_the_batches() -> None:
         adapted = attach(model, SliceConfig(rank=2, method=f"peft:{init}"), batches=ids).eval()
         with torch.no_grad():
             assert torch.equal(adapted(**ids[0]).logits, expected)
+
+
+def test_eva_takes_every_row_of_what_has_no_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = [{"pixel_values": torch.randn(8, 3, 16, 16, generator=generator)} for _ in range(3)]
+    model = vit()
+    with torch.no_grad():
+        expected = model(**images[0]).logits
+    adapted = attach(model, SliceConfig(rank=2, method="peft:eva"), batches=images)
+    with torch.no_grad():
+        assert torch.equal(adapted(**images[0]).logits, expected)
+    for layer in adapted_layers(adapted).values():
+        A, _ = layer.trained()
+        torch.testing.assert_close(A @ A.T, torch.eye(2), atol=1e-5, rtol=0)  # directions, and no random numbers
+    with pytest.raises(SpectraError, match="peft:eva runs the model on its named arguments, and a batch is a tuple"):
+        attach(vit(), SliceConfig(rank=2, method="peft:eva"), batches=[(images[0]["pixel_values"],)])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"start": 1.5}, r"start is 1\.5; give a whole number from 0 up"),
+        ({"start": True}, "start is True"),
+        ({"start": -1}, "start is -1"),
+        ({"position": 2.0}, r"position is 2\.0; give a number from 0"),
+        ({"position": "0.5"}, r"position is '0\.5'; give a number from 0"),
+        ({"position": float("nan")}, "position is nan"),
+        ({"start_pattern": {"query": 1.5}}, r"start_pattern\['query'\] is 1\.5"),
+        ({"position_pattern": {"query": 1.5}}, r"position_pattern\['query'\] is 1\.5"),
+        ({"position": 0.5, "alpha": "8"}, "alpha is '8'"),
+        ({"position": 0.5, "seed": 0.5}, r"seed is 0\.5"),
+        ({"position": 0.5, "dropout": "a"}, "dropout is 'a'"),
+        ({"position": 0.5, "gamma": None}, "gamma is None"),
+    ],
+)
+def test_values_that_are_no_numbers_are_refused_when_they_are_given(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpectraError, match=words):
+        SliceConfig(**values)
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    config = SliceConfig(rank=np.int64(4), position=np.float32(0.5), rank_pattern={"query": np.int64(2)})
+    assert json.dumps(config.to_dict()) == json.dumps(
+        SliceConfig(rank=4, position=0.5, rank_pattern={"query": 2}).to_dict()
+    )

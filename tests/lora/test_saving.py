@@ -234,7 +234,7 @@ def test_folders_that_cannot_be_written_or_read_are_refused(tmp_path: Path) -> N
         save_adapter(zoo(), tmp_path / "other")
     with pytest.raises(SpectraError, match=r"holds no spectra_slices\.json"):
         load_adapter(zoo(), tmp_path)
-    with pytest.raises(SpectraError, match=r"adapts 'biased', a linear of 20 x 12, and this BertFor.* has none"):
+    with pytest.raises(SpectraError, match=r"adapts 'biased', of kind linear and 20 x 12, and this BertFor.* has none"):
         load_adapter(bert(), tmp_path / "adapter")
     wider = zoo()
     wider.biased = nn.Linear(12, 21)
@@ -249,3 +249,54 @@ def test_folders_that_cannot_be_written_or_read_are_refused(tmp_path: Path) -> N
         (tmp_path / "adapter" / "spectra_slices.json").write_text(content)
         with pytest.raises(SpectraError, match=words):
             load_adapter(zoo(), tmp_path / "adapter")
+
+
+def test_another_base_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    adapted = attach(zoo(), SliceConfig(rank=2, start=3, target_modules=["biased", "turned"]))
+    save_adapter(adapted, tmp_path / "adapter")
+    other = zoo()
+    with torch.no_grad():
+        other.turned.weight[0, 0] += 1e-6
+    with pytest.raises(SpectraError, match=r"was trained on another base: 'turned' of this Zoo has other weights"):
+        load_adapter(other, tmp_path / "adapter")
+    assert load_adapter(zoo(), tmp_path / "adapter") is not None
+    narrow = attachment(load_adapter(zoo(torch.bfloat16), tmp_path / "adapter"))
+    assert narrow.notes[-1].endswith("was trained on cannot be told from 'biased' and 1 more")
+    record = tmp_path / "adapter" / "spectra_slices.json"
+    content = json.loads(record.read_text())
+    for slot in content["modules"]:
+        del slot["fingerprint"]
+    record.write_text(json.dumps(content))
+    assert "cannot be told" in attachment(load_adapter(zoo(), tmp_path / "adapter")).notes[-1]  # as it was once written
+
+
+def test_base_in_a_wider_dtype_is_still_the_base(tmp_path: Path) -> None:
+    base = zoo(torch.bfloat16)
+    save_adapter(attach(copy.deepcopy(base), SliceConfig(rank=2, start=3, target_modules=["bare"])), tmp_path / "a")
+    assert not attachment(load_adapter(copy.deepcopy(base).float(), tmp_path / "a")).notes
+    with torch.no_grad():
+        base.bare.weight[0, 0] += 1.0
+    with pytest.raises(SpectraError, match="another base"):
+        load_adapter(base.float(), tmp_path / "a")
+
+
+def test_class_names_go_with_the_adapter_of_a_classifier(tmp_path: Path) -> None:
+    base = woken(bert)
+    base.config.id2label = {0: "apple", 1: "pear"}
+    untouched = copy.deepcopy(base)
+    adapted = attach(base, SliceConfig(rank=3, position=0.5, modules_to_save=["classifier"]))
+    train(adapted, lambda model: (model(input_ids=IDS).logits - 1).square().mean(), rate=0.02)
+    save_adapter(adapted, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "spectra_slices.json").read_text())["id2label"] == {
+        "0": "apple",
+        "1": "pear",
+    }
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    after = logits_of(adapted, {"input_ids": IDS})
+    for loaded in (
+        peft.PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path / "adapter"),
+        load_adapter(copy.deepcopy(untouched), tmp_path / "adapter"),
+    ):
+        assert close(logits_of(loaded, {"input_ids": IDS}), after)
+    save_adapter(attach(untouched, SliceConfig(rank=3, position=0.5)), tmp_path / "headless")
+    assert json.loads((tmp_path / "headless" / "adapter_config.json").read_text())["task_type"] is None

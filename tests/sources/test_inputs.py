@@ -12,6 +12,7 @@ from torch import nn
 
 from spectra.errors import SpectraError
 from spectra.sources.inputs import inputs_from
+from spectra.sources.models import load_model
 
 
 @pytest.mark.parametrize(
@@ -82,3 +83,19 @@ def test_an_adapter_is_no_base(minilm: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("a\n")
     with pytest.raises(SpectraError, match="is an adapter and no base"):
         inputs_from(str(tmp_path / "adapter"), str(minilm), data=tmp_path / "rows.txt")
+
+
+def test_an_adapter_runs_as_its_base_does(minilm: Path, tmp_path: Path) -> None:
+    """Also one that was trained under a new head, of which the base knows nothing."""
+    lora, heads = pytest.importorskip("spectra.lora"), pytest.importorskip("spectra.training.heads")
+    base = load_model(minilm)
+    model, head = heads.with_new_head(base, "text-classification", ("a", "b", "c"), seed=0)
+    config = lora.SliceConfig(rank=2, position=0.0, target_modules=["layer.0.*.query"], modules_to_save=head)
+    lora.save_adapter(lora.attach(model, config), tmp_path / "adapter")
+    (tmp_path / "rows.txt").write_text("one\ntwo\n")
+    found = inputs_from(str(minilm), str(tmp_path / "adapter"), data=tmp_path / "rows.txt")
+    one, other = found.models(together=True)
+    assert type(one) is type(other)
+    assert list(one.state_dict()) == list(other.state_dict())
+    whole = load_model(tmp_path / "adapter", base=minilm)
+    assert (type(whole).__name__, whole.config.id2label) == ("BertForSequenceClassification", {0: "a", 1: "b", 2: "c"})

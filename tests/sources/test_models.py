@@ -78,13 +78,13 @@ def test_random_parameters_are_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_run_is_said(tmp_path: Path) -> None:
     save_file({"fc.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     for source in (tmp_path, tmp_path / "model.safetensors"):
-        with pytest.raises(SpectraError, match=r"no config\.json.*--model package\.module:function"):
+        with pytest.raises(SpectraError, match=r"no config\.json.*\(package\.module:function\)"):
             load_model(source)
     folder = small_bert("BertModel", tmp_path / "bert")
     config = json.loads((folder / "config.json").read_text())
     for change, words in (
         ({"model_type": "of_another_world"}, "makes no model of"),
-        ({"architectures": ["BertForQuestionAnswering"]}, r"'BertForQuestionAnswering'; say with --task"),
+        ({"architectures": ["BertForQuestionAnswering"]}, r"'BertForQuestionAnswering'; say for which task it is"),
         ({"architectures": None}, "names no architecture"),
     ):
         (folder / "config.json").write_text(json.dumps({**config, **change}))

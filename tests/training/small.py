@@ -89,4 +89,5 @@ def run_small(out: Path, changes: dict[str, Any] | None = None, *, still: bool =
 
 def method_settings(name: str) -> dict[str, Any]:
     """The settings of a method in its usual form: a slice in the middle, no position for all others."""
-    return {"name": name, "rank": 4, "position": 0.5 if name == "slice" else None}
+    rank = None if name in ("full", "head") else 4
+    return {"name": name, "rank": rank, "position": 0.5 if name == "slice" else None}

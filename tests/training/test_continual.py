@@ -199,6 +199,12 @@ def test_names_and_tasks_that_will_not_do(tmp_path: Path) -> None:
         learn(tmp_path / "out", tasks={})
     with pytest.raises(SpectraError, match="letters, digits"):
         learn(tmp_path / "out", tasks={"a/b": TASKS["first"]})
+    with pytest.raises(SpectraError, match="'old' names a task of the sequence and one of the base's own"):
+        learn(tmp_path / "out", tasks={"first": TASKS["first"], "old": TASKS["second"]})
+    with pytest.raises(SpectraError, match="'retain' names a task"):  # which the settings' own is called
+        own = {"kind": "custom", "factory": "tests.training.small:old_task"}
+        learn(tmp_path / "out", {"retain": own}, tasks={"retain": TASKS["first"]}, retain=None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_pictures_are_drawn_from_the_saved_tables(sequence: tuple[Path, Continual]) -> None:
@@ -209,5 +215,11 @@ def test_pictures_are_drawn_from_the_saved_tables(sequence: tuple[Path, Continua
     assert "old (the base's own)" in drawn
     (line,) = result.plot.drift("left_overlap").get_lines()
     assert list(line.get_ydata()) == result.drift["left_overlap"].tolist()
+    ax = result.plot.drift()
+    assert list(ax.get_lines()[0].get_xdata()) == [0, 1, 2, 3]
+    assert list(ax.get_lines()[0].get_ydata()) == [0, *result.drift["relative_update"]]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["base", "1: first", "2: second", "3: third"]
+    first, *_ = result.plot.drift("left_overlap").get_xticklabels()
+    assert first.get_text() == "1: first"
     with pytest.raises(SpectraError, match="left_overlap"):
         result.plot.drift("left_overlp")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from spectra import SpectraError
+from spectra.sources.models import load_model
 from spectra.training import TrainSettings, train
 from spectra.training.building import build
 from spectra.training.datasets import classes_of_column, classes_of_folder
@@ -177,6 +178,9 @@ def test_images_from_folders(tmp_path: Path) -> None:
     right = (said == torch.tensor([label for _, label in files])).double().mean()
     assert run.summary["retained"]["retain"]["before"] == right.item()
     assert classes_of_folder(str(tmp_path / "new")) == ("circle", "square")
+    assert run.summary["classes"] == ["circle", "square"]
+    kept = transformers.AutoImageProcessor.from_pretrained(run.result)
+    assert kept.size["height"] == 16
     with pytest.raises(SpectraError, match=r"images in .*new have no labels: .*'circle'"):
         train({**settings, "retain": {"test": str(tmp_path / "new")}, "out": str(tmp_path / "other")})
 
@@ -193,7 +197,7 @@ def test_images_from_folders(tmp_path: Path) -> None:
 def test_classes_of_a_column(tmp_path: Path, labels: list[Any], classes: tuple[str, ...]) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": "x", "label": label}) + "\n" for label in labels))
-    assert classes_of_column([str(file)], DataSettings()) == classes
+    assert classes_of_column(str(file), None, DataSettings()) == classes
 
 
 @pytest.mark.parametrize(
@@ -209,4 +213,77 @@ def test_labels_that_name_no_class(tmp_path: Path, labels: list[Any], message: s
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": "x", "label": label}) + "\n" for label in labels))
     with pytest.raises(SpectraError, match=message):
-        classes_of_column([str(file)], DataSettings())
+        classes_of_column(str(file), None, DataSettings())
+
+
+def adapter_settings(tmp_path: Path, masked: str, **data: Any) -> dict[str, Any]:
+    return {
+        "model": {"source": masked},
+        "data": data,
+        "method": {"name": "slice", "rank": 2, "position": 0.0},
+        "optimiser": {"steps": 6, "batch_size": 8},
+        "compare": False,
+        "out": str(tmp_path / "run"),
+    }
+
+
+def test_texts_are_cut_to_what_the_model_takes(tmp_path: Path, masked: str) -> None:
+    file = tmp_path / "long.jsonl"
+    rows = [{"text": " ".join(WORDS * 5), "label": number % 2} for number in range(20)] + [{"text": "", "label": 0}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = adapter_settings(tmp_path, masked, train=str(file))
+    with pytest.raises(
+        SpectraError, match=r"data\.max_length is 600, and BertForMaskedLM has positions for 16 tokens; give at most 16"
+    ):
+        train({**settings, "data": {"train": str(file), "max_length": 600}})
+    run = train(settings)  # into the same folder, which the refusal has left alone
+    assert run.summary["notes"][:2] == [
+        f"1 of 21 rows of {file} have no text: left out",
+        "20 of 20 texts fill the 16 tokens after which texts are cut",
+    ]
+    retain = {**settings, "retain": {"test": str(file), "max_length": 17}, "out": str(tmp_path / "other")}
+    with pytest.raises(SpectraError, match=r"retain\.max_length is 17"):
+        train(retain)
+
+
+def test_adapter_keeps_its_class_names_and_its_tokenizer(tmp_path: Path, masked: str) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 40, label=lambda text: "cat" if "cat" in text else "none")
+    settings = adapter_settings(tmp_path, masked, train=rows)
+    run = train({**settings, "keep_every": 3})
+    assert run.summary["classes"] == ["cat", "none"]
+    for folder in (run.result, run.folder / "step-3"):
+        assert json.loads((folder / "spectra_slices.json").read_text())["id2label"] == {"0": "cat", "1": "none"}
+        assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+        assert len(transformers.AutoTokenizer.from_pretrained(folder)) == 17
+    loaded = load_model(run.result, base=masked)  # whose config knows no classes
+    assert loaded.config.id2label == {0: "cat", 1: "none"}
+    assert run.model is not None
+    shown = {"input_ids": torch.arange(5, 13).reshape(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**shown).logits, run.model.eval()(**shown).logits)
+
+
+def test_label_of_the_test_alone_is_refused(tmp_path: Path) -> None:
+    for name, labels in {"train": ["apple", "pear", "pear"], "test": ["pear", "banana"]}.items():
+        rows = [{"text": "x", "label": label} for label in labels]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")
+    with pytest.raises(SpectraError, match=r"row 2 of .*test\.jsonl has the label 'banana', which no row of .*train"):
+        classes_of_column(*files, DataSettings())
+
+
+def test_run_is_not_gone_on_with_on_other_data(tmp_path: Path, masked: str) -> None:
+    def interrupt(step: int, steps: int, word: str) -> None:
+        if step == 4:
+            raise InterruptedError
+
+    rows, test = (write_rows(tmp_path / name, 40, label=lambda text: len(text) % 2) for name in ("a.jsonl", "b.jsonl"))
+    settings = adapter_settings(tmp_path, masked, train=rows, test=test)
+    with pytest.raises(InterruptedError):
+        train(settings, progress=interrupt)
+    content = Path(test).read_text()
+    Path(test).write_text(content.replace("cat", "dog"))
+    with pytest.raises(SpectraError, match=r"data\.test holds other examples than those that the run in .* began with"):
+        train(settings, resume=True)
+    Path(test).write_text(content)
+    assert {*train(settings, resume=True).summary["data_sha256"]} == {"data.train", "data.test"}

@@ -53,6 +53,8 @@ def test_learning_rate_rises_then_falls_and_never_vanishes(schedule: str, warmup
 
 def test_steps_follow_from_epochs() -> None:
     assert steps_in_all(OptimiserSettings(epochs=2.0, accumulate=4), 640, 16) == 20
+    seen = [steps_in_all(OptimiserSettings(epochs=epochs), 50, 40) for epochs in (0.0, 0.1, 1.0, 4.0, 0.1 * 3 * 8)]
+    assert seen == [0, 1, 2, 5, 3]  # so that the last examples of a pass are seen, too
     with pytest.raises(SpectraError, match=r"give optimiser\.steps or optimiser\.epochs"):
         steps_in_all(OptimiserSettings(), 640, 16)
 

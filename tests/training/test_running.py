@@ -21,11 +21,13 @@ from spectra.lora import merge
 from spectra.report.sequence_scores import scores_beside
 from spectra.training import METHODS, Run, Task, TensorExamples, TrainingInterrupted, load_run, train
 from spectra.training.building import build
-from spectra.training.examples import in_turn
+from spectra.training.examples import drawn, in_turn
 from spectra.training.loop import _train_mode
 from spectra.training.methods import Preparation, method_named
+from spectra.training.saving import save_trained
 from spectra.training.settings import TrainSettings
 from spectra.training.tasks import evaluate
+from tests.test_tensor_files import no_file_above
 from tests.training.small import Base, WithNewHead, inputs, make_base, method_settings, new_task, old_task, run_small
 
 pytest.importorskip("accelerate")
@@ -234,6 +236,10 @@ def test_killed_process_loses_only_the_steps_since_the_last_save(tmp_path: Path)
     resumed = run_small(tmp_path / "killed", changes, resume=True, progress=lambda step, *_: steps.append(step))
     assert steps[0] == 7
     assert_same(run_small(tmp_path / "whole", changes), resumed)
+    assert not [path.name for path in resumed.folder.iterdir() if path.name.startswith(".")]
+    (resumed.folder / "state.pt").write_bytes(b"of a run that was killed after its last line")
+    run_small(tmp_path / "killed", changes, resume=True)
+    assert not (resumed.folder / "state.pt").exists()
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
@@ -251,7 +257,7 @@ def test_nan_loss_stops_in_one_sentence_and_keeps_the_last_good_state(tmp_path: 
     def poisoned(base: nn.Module) -> Task:
         task = new_task(base)
         assert isinstance(task.train, TensorExamples)
-        task.train.columns["x"][42] = float("nan")
+        task.train.columns["x"][drawn(90, 0, 64, 65)] = float("nan")  # of the fifth step
         return task
 
     settings = {
@@ -267,8 +273,8 @@ def test_nan_loss_stops_in_one_sentence_and_keeps_the_last_good_state(tmp_path: 
     assert "became nan at step" in message and "learning rate 0.000" in message and "last finite loss" in message
     step = int(message.split("at step ")[1].split()[0])
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert step > 1  # the seed draws the poisoned example later
-    assert state["step"] == step - 1
+    assert step == 5
+    assert state["step"] == step - 2  # the one after it gave this very loss
     assert all(torch.isfinite(value).all() for value in state["tensors"].values())
     assert not (tmp_path / "summary.json").exists()
 
@@ -284,7 +290,7 @@ def test_step_that_overflows_is_never_saved(tmp_path: Path) -> None:
 
     optimiser = {"name": "sgd", "learning_rate": 3e38, "schedule": "constant", "clip": 0, "steps": 3}
     settings = {"method": {"name": "full"}, "optimiser": optimiser, "save_every": 1, "out": str(tmp_path)}
-    with pytest.raises(SpectraError, match=r"at step 1 .*no state had been saved yet; lower optimiser\.learning_rate"):
+    with pytest.raises(SpectraError, match=r"at step 1 .*no state had been saved yet; start again with --resume and a"):
         train(settings, base=make_base(), task=large)
     assert not (tmp_path / "state.pt").exists()
 
@@ -313,7 +319,7 @@ def test_force_takes_away_nothing_but_a_run(tmp_path: Path) -> None:
     (tmp_path / "model" / "weights.bin").write_text("the only copy")
     with pytest.raises(SpectraError, match="holds 'model', which no run of this toolkit left there"):
         run_small(tmp_path, force=True)
-    run = run_small(tmp_path / "run", {"method": {"name": "full", "position": None}})
+    run = run_small(tmp_path / "run", {"method": method_settings("full")})
     for reads in ({"model": {"source": str(run.result)}}, {"data": {"train": str(run.folder / "metrics.jsonl")}}):
         with pytest.raises(SpectraError, match=r"lies in its own folder .*, where it would be replaced"):
             train({"out": str(run.folder), "method": {"name": "full"}, **reads}, force=True)
@@ -431,3 +437,104 @@ def test_kept_steps_survive_a_kill_and_make_a_sequence(tmp_path: Path) -> None:
     assert scores["step-6"]["score"] == metrics["test", 6]
     assert scores["step-6"]["forgetting"] == pytest.approx(metrics["old", 0] - metrics["old", 6])
     assert set(spectra.compare(base, tuned).layers["tuned"]) == set(tuned)
+
+
+def test_run_that_fails_before_its_first_step_leaves_nothing(tmp_path: Path) -> None:
+    class Narrow(nn.Linear):
+        """A layer for another number of inputs."""
+
+    def wrong(base: nn.Module) -> Task:
+        task = new_task(base)
+        return Task(Narrow(5, 3), task.test, task.train)
+
+    settings = {"method": {"name": "full"}, "optimiser": {"steps": 3}, "compare": False}
+    with pytest.raises(SpectraError) as raised:
+        train(settings, base=make_base(), task=wrong, out=str(tmp_path / "new" / "run"))
+    message = str(raised.value)
+    assert message.startswith("Narrow cannot be run on a batch of x 30 x 12, labels 30: ")
+    assert "mend the task" in message and "\n" not in message
+    assert not (tmp_path / "new").exists()
+    run = run_small(tmp_path / "old")
+    with pytest.raises(SpectraError, match="Narrow cannot be run"):
+        train(settings, base=make_base(), task=wrong, out=str(run.folder), force=True)
+    assert load_run(run.folder).summary == run.summary  # what was there is replaced after a first step only
+    with pytest.raises(SpectraError, match="resume goes on with a run and force replaces it"):
+        run_small(run.folder, resume=True, force=True)
+
+
+def test_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
+    changes = {"optimiser": {"steps": 60}, "save_every": 0}
+    with (
+        no_file_above(5000),
+        pytest.raises(SpectraError, match=r"cannot write .*metrics\.jsonl: .*go on with --resume"),
+    ):
+        run_small(tmp_path / "run", changes)
+    assert_same(run_small(tmp_path / "run", changes, resume=True), run_small(tmp_path / "whole", changes))
+
+    def progress(step: int, steps: int, word: str) -> None:
+        if step == steps:
+            (tmp_path / "last" / "summary.json").mkdir()
+
+    with pytest.raises(SpectraError, match=r"cannot write .*summary\.json: .*go on with --resume"):
+        run_small(tmp_path / "last", progress=progress)
+    for name in ("slice", "full"):
+        run = run_small(tmp_path / name, {"method": method_settings(name), "optimiser": {"steps": 1}})
+        assert run.model is not None
+        with no_file_above(1000), pytest.raises(SpectraError, match=r"cannot write .*more: .* go on with --resume"):
+            save_trained(run.folder / "more", new_task(make_base()), run.model, is_adapter=name == "slice")
+        assert not list(run.folder.glob("*more*"))
+
+
+def test_run_goes_on_at_another_learning_rate_and_says_so(tmp_path: Path) -> None:
+    def progress(step: int, steps: int, word: str) -> None:
+        if step == 7:
+            raise _Enough
+
+    with pytest.raises(_Enough):
+        run_small(tmp_path, progress=progress)  # saved after every second of 12 steps, without being asked to
+    lower = {"optimiser": {"learning_rate": 1e-3}}
+    with pytest.raises(SpectraError, match=r"\(optimiser\.learning_rate\); give --resume to go on with them"):
+        run_small(tmp_path, lower)
+    with pytest.raises(SpectraError, match=r"\(optimiser\.steps\); choose another folder"):
+        run_small(tmp_path, {"optimiser": {"steps": 13}}, resume=True)
+    run = run_small(tmp_path, lower, resume=True)
+    assert "optimiser.learning_rate is 0.001 from step 7 on; it was 0.01 before" in run.summary["notes"]
+    rates = run.metrics.query("split == 'train'").set_index("step").learning_rate
+    assert rates[6] > 5e-3 and rates[7] < 1e-3
+    assert TrainSettings.from_file(tmp_path / "settings.json").optimiser.learning_rate == 1e-3
+    with pytest.raises(SpectraError, match=r"\(optimiser\.learning_rate\); choose another folder"):
+        run_small(tmp_path, resume=True)  # it is finished
+
+
+def test_run_that_diverged_goes_on_from_its_last_good_state(tmp_path: Path) -> None:
+    wild = {"name": "sgd", "learning_rate": 300.0, "schedule": "constant", "warmup": 0.0, "clip": 0.0, "steps": 20}
+    full = {"method": method_settings("full"), "save_every": 1}
+    with pytest.raises(SpectraError, match=r"last good state is in .*; go on from there with --resume and a lower"):
+        run_small(tmp_path, {**full, "optimiser": wild})
+    tame = {**wild, "learning_rate": 1e-9, "clip": 1.0}
+    run = run_small(tmp_path, {**full, "optimiser": tame}, resume=True)
+    assert run.summary["steps"] == 20
+    assert ["learning_rate is 1e-09" in note or "clip is 1 " in note for note in run.summary["notes"]] == [True, True]
+
+
+def test_summary_counts_every_parameter_once_and_keeps_notes(tmp_path: Path) -> None:
+    summary = run_small(tmp_path, {"optimiser": {"steps": 0}}).summary
+    model = new_task(make_base()).model
+    factors = 4 * (12 + 24) + 4 * (24 + 16)
+    assert summary["parameters"] == sum(parameter.numel() for parameter in model.parameters()) + factors
+    assert summary["trainable_parameters"] == factors + 16 * 3 + 3
+    assert summary["notes"] == ["adapting all linear layers, without body.classifier, head: 2 modules"]
+    assert (summary["steps"], summary["classes"], summary["data_sha256"]) == (0, None, {})
+
+
+@pytest.mark.parametrize("name", ["full", "head"])
+def test_weights_in_float16_are_not_trained(tmp_path: Path, name: str) -> None:
+    settings = {"method": {"name": name}, "optimiser": {"steps": 3}, "out": str(tmp_path / "run")}
+    with pytest.raises(SpectraError, match=r"would be trained in float16.* set model\.dtype to float32 or bfloat16"):
+        train(settings, base=make_base(), task=lambda base: _halved(new_task(base)))
+    assert not (tmp_path / "run").exists()
+
+
+def _halved(task: Task) -> Task:
+    task.model.half()
+    return task

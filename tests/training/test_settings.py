@@ -61,6 +61,9 @@ def test_file_is_read_and_comes_back_from_json(tmp_path: Path) -> None:
         ({"optimiser": {"schedule": "step"}}, "must be one of constant, linear, cosine"),
         ({"model": {"source": "a", "factory": "b:c"}}, r"both model\.source and model\.factory"),
         ({"data": {"holdout": 1.0}}, "must be below 1"),
+        ({"method": {"name": "full", "rank": 4}}, r"method\.rank, which the method full has no use for"),
+        ({"method": {"name": "head", "position": 0.5}}, r"method\.position, which the method head has no use for"),
+        ({"retain": {"max_length": 0}}, r"retain\.max_length = 0"),
     ],
 )
 def test_wrong_settings_are_one_sentence(mapping: dict[str, object], message: str) -> None:
@@ -103,3 +106,21 @@ def test_every_method_has_a_name_and_others_are_refused() -> None:
         method_named("slic")
     with pytest.raises(SpectraError, match="needs a start or a position"):
         adapter_config(TrainSettings().method)
+
+
+def test_method_without_adapter_drops_what_is_an_adapters() -> None:
+    slices = TrainSettings.from_mapping({"method": {"position": 0.5, "rank": 4, "targets": ["query"]}})
+    full = slices.changed({"method.name": "full"})
+    assert (full.method.rank, full.method.position, full.method.targets) == (None, None, ())
+    assert TrainSettings.from_mapping(full.to_mapping()) == full
+    assert full.changed({"method.name": "lora"}).method.rank == 8
+    with pytest.raises(SpectraError, match=r"method\.rank, which the method full"):
+        slices.changed({"method.name": "full", "method.rank": 4})
+
+
+def test_settings_of_a_method_reach_the_adapter() -> None:
+    method = (
+        TrainSettings().changed({"method.targets": "all-linear", "method.name": "lora_ga", "method.gamma": 4}).method
+    )
+    config = adapter_config(method)
+    assert (config.target_modules, config.gamma) == ("all-linear", 4.0)

@@ -220,7 +220,7 @@ def test_other_settings_are_refused_and_a_larger_grid_is_not(tmp_path: Path) -> 
             {**SETTINGS, "optimiser": {"steps": 7, "batch_size": 16, "learning_rate_pattern": {"*head*": 2.0}}},
             GRID, out=out, base=make_base(), task=new_task, workers=0, retain={"old": old_task},
         )  # fmt: skip
-    with pytest.raises(SpectraError, match=r"other settings \(the base"):
+    with pytest.raises(SpectraError, match="began with another base"):
         base = make_base()
         base.fc1.weight.data[0, 0] += 1
         sweep(SETTINGS, GRID, out=out, base=base, task=new_task, workers=0)
@@ -230,6 +230,44 @@ def test_other_settings_are_refused_and_a_larger_grid_is_not(tmp_path: Path) -> 
     grown = swept(out, {"positions": [0.0, 1.0], "methods": []}, progress=lambda *given: done.append(given[2]))
     assert done == ["slice-1.0_lr-0.01_seed-0"]
     assert list(grown.runs["position"]) == [0.0, 1.0]
+
+
+def test_a_base_that_changed_in_its_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the settings tells the two apart: the base is what the same function gives, or the same folder."""
+    (tmp_path / "made_anew.py").write_text(
+        "from pathlib import Path\nimport torch\nfrom tests.training.small import Base\n"
+        "def base():\n    torch.manual_seed(len(Path('seed').read_text()))\n    return Base()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = {**SETTINGS, "model": {"factory": "made_anew:base"}}
+
+    def again(*positions: float) -> Sweep:
+        grid = {"positions": positions, "learning_rates": [1e-2]}
+        return sweep(settings, grid, out=tmp_path / "sweep", task=new_task, workers=0)
+
+    Path("seed").write_text("x")
+    again(0.0)
+    assert len(again(0.0, 1.0).runs) == 2
+    Path("seed").write_text("xx")
+    with pytest.raises(SpectraError, match="began with another base"):
+        again(0.0, 1.0)
+
+
+def test_runs_of_another_grid_in_the_folder_stay_in_the_table(tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    wide = swept(out, {"positions": [0.0, 1.0], "methods": []})
+    ran: list[tuple[int, int, str]] = []
+    both = swept(
+        out, {"positions": [0.0], "methods": [], "match_step_size": 0.5}, progress=lambda *given: ran.append(given)
+    )
+    assert ran == [(1, 1, "slice-0.0_lr-0.01_seed-0_matched-0.5")]
+    assert list(both.runs["run"]) == [ran[0][2], *wide.runs["run"]]
+    pd.testing.assert_frame_equal(both.runs.iloc[1:].reset_index(drop=True), wide.runs, check_exact=True)
+    assert_same(load_sweep(out), both)
+    with pytest.raises(SpectraError, match="the only run failed"):  # whatever else is in the folder
+        swept(out, {"positions": [0.5], "methods": [], "learning_rates": [1e30]})
+    assert list(swept(out, {"positions": [0.0], "methods": []}).runs["status"]) == ["finished"] * 3
 
 
 def test_a_sweep_of_which_every_run_fails_says_why(tmp_path: Path) -> None:
@@ -298,6 +336,14 @@ def test_patterns_of_the_settings_are_kept_and_multiplied_in() -> None:
         name: factor * (16.0 if "lora_B" in name else 1.0) for name, factor in plain.items()
     }
     assert {name: both[name] for name in both.keys() - plain.keys()} == {"*head*": 3.0}
+
+
+def test_a_pattern_that_fits_nothing_is_refused_where_rates_are_matched(tmp_path: Path) -> None:
+    task, methods = new_task(make_base()), {"top": MethodSettings(position=0.0, rank=4)}
+    with pytest.raises(
+        SpectraError, match=r"learning_rate_pattern has '\*new_haed\*', which fits no trained parameter"
+    ):
+        matched_rates(task, methods, 0.5, {"*lora_B*": 2.0, "*head*": 2.0, "*new_haed*": 3.0}, seed=0)
 
 
 def test_slices_of_orthonormal_factors_need_no_matching() -> None:
