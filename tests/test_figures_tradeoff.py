@@ -90,9 +90,9 @@ def test_the_quick_experiment_learns_forgets_and_is_drawn(
         letters, digits = (Path(str(folder)) for folder in REAL)
         sizes = replace(quick, pretraining=100, steps=25, tested=300)
     else:
-        letters = write_idx(tmp_path / "letters", "abcdefghij", 1500, 150, zipped=True)
-        digits = write_idx(tmp_path / "digits", "0123456789", 1500, 150, zipped=False)
-        sizes = replace(quick, pretraining=60, steps=12, batch_size=32, tested=150)
+        letters = write_idx(tmp_path / "letters", "abcdefghij", 1200, 120, zipped=True)
+        digits = write_idx(tmp_path / "digits", "0123456789", 1200, 120, zipped=False)
+        sizes = replace(quick, pretraining=50, steps=10, batch_size=32, tested=120)
     work = tmp_path / "work" / "quick"
     table = script.run(letters, digits, work, sizes, workers=0)
     assert (table["status"] == "finished").all(), table["reason"].dropna().tolist()
@@ -204,11 +204,11 @@ def test_the_text_experiment_learns_and_forgets_on_the_real_encoder(
     script = scripts("tradeoff_text")
     weights_folder(scripts("_text").PACKAGE)
     mails, speeches = write_mails(tmp_path / "mails", 160), write_speeches(tmp_path / "speeches")
-    sizes = replace(script.QUICK, steps=4, length=16, tested=30, trained=100, passages=25, positions=(0.5,), seeds=(0,))
+    sizes = replace(script.QUICK, steps=4, length=16, tested=20, trained=100, passages=20, positions=(0.5,), seeds=(0,))
     table = script.run(mails, speeches, tmp_path / "work", sizes, workers=0)
     assert (table["status"] == "finished").all(), table["reason"].dropna().tolist()
     assert list(table["method"]) == ["slice", "lora", "random", "full", "head", "slice", "random"]
-    assert (table["retained_before"] > 0.5).all()  # of 25 second halves it finds the one that belongs to a first
+    assert (table["retained_before"] > 0.5).all()  # of twenty second halves it finds the one that belongs to a first
     assert table["validation_score"].notna().all()
     first = table.groupby("method").first()
     assert first.loc["slice", "score"] > 0.9  # these mails are easy, also for the head alone
