@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,3 +40,11 @@ def weights_folder() -> Callable[[str], Path]:
 def rxnfp(weights_folder: Callable[[str], Path]) -> Path:
     """A real base and two real fine-tunings of it: folders `bert_pretrained`, `bert_ft_10k_25s`, `bert_ft`."""
     return weights_folder("rxnfp") / "models" / "transformers"
+
+
+@pytest.fixture(autouse=True)
+def _no_figures_left() -> Iterator[None]:
+    """Figures that a test drew with pyplot are not the next one's."""
+    yield
+    if (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
+        pyplot.close("all")
