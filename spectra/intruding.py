@@ -17,15 +17,9 @@ from spectra.jobs import CAN_FAIL, failed
 from spectra.labels import labelled
 from spectra.linalg.lowrank import LowRank
 from spectra.loading import BaseMatrix, Group
-from spectra.measures.familiarity import (
-    NOT_CONVERGED,
-    SPOILED,
-    Familiarity,
-    Side,
-    familiarity,
-    tuned_triplets,
-)
+from spectra.measures.familiarity import Familiarity, Side, familiarity
 from spectra.measures.intruders import CLUSTER_GAP
+from spectra.measures.tuned import NOT_CONVERGED, SPOILED, tuned_triplets
 from spectra.pairing import Pair
 from spectra.tables_on_disk import Kind, load_tables, save_tables
 

@@ -155,7 +155,8 @@ def test_cosines_equal_a_float64_svd_on_random_shapes(pair: tuple[Tensor, Tensor
 def test_an_adapter_gives_what_its_merged_weight_gives(seed: int, r: int, c: float, shape: tuple[int, int]) -> None:
     from spectra.linalg.lowrank import LowRank
     from spectra.linalg.svd import svd
-    from spectra.measures.familiarity import familiarity, tuned_triplets
+    from spectra.measures.familiarity import familiarity
+    from spectra.measures.tuned import tuned_triplets
 
     generator = np.random.default_rng(seed)
     m, n = shape
@@ -265,6 +266,42 @@ def test_what_does_not_converge_is_solved_directly_and_says_so(
     show(result, top=1)
     printed = " ".join(capsys.readouterr().out.split())
     assert "directions of 1 matrix are from a full SVD of W', for its leading triplets did not converge" in printed
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_comparison_solves_an_adapter_that_does_not_converge_in_full_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    """No pair of finite energies is known where the reduction fails, so that it is made to fail here."""
+    from spectra.linalg.lapack import LapackError
+
+    torch.manual_seed(0)
+    base = {"fc.weight": torch.randn(40, 30)}
+    folder = adapter(tmp_path / "adapter", torch.randn(2, 30), torch.randn(40, 2))
+    usual = spectra.compare(base, folder, top=4)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise LapackError("dsterf returned info = 19")
+
+    monkeypatch.setattr("spectra.measures.tuned.perturbed_triplets", fail)
+    result = spectra.compare(base, folder, top=4, fast=fast)
+    (row,) = result.layers.to_dict("records")
+    assert row["status"] == "compared"
+    assert row["tuned_algorithm"].endswith("of all of W', for its leading triplets did not converge")
+    for column in ("lowest_best_cosine", "left_overlap", "spectral_shift", "effective_rank_tuned"):
+        assert row[column] == pytest.approx(usual.layers[column][0], rel=1e-6)
+    said = "of 1 matrix (fc.weight) are from a full SVD of the tuned weight"
+    assert any(said in str(each) for each in result.diagnosis())
+    assert not any("full SVD" in str(each) for each in usual.diagnosis())
+
+
+def test_an_adapter_beyond_float64_fails_in_a_comparison_with_the_reason(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 30, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64) * 1e160
+    base = {"fc.weight": torch.randn(40, 30, dtype=torch.float64)}
+    (row,) = spectra.compare(base, adapter(tmp_path / "adapter", A, B)).layers.to_dict("records")
+    assert row["status"] == "failed"
+    assert row["note"] == "the squares of W or of W' - W leave the range of float64; scale both models down"
 
 
 def test_what_squaring_would_spoil_is_solved_directly_and_says_so() -> None:

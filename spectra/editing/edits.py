@@ -26,7 +26,8 @@ from spectra.linalg.lowrank import LowRank
 from spectra.linalg.svd import Spectrum
 from spectra.linalg.triplets import Triplets
 from spectra.loading import BaseMatrix
-from spectra.measures.familiarity import Familiarity, familiarity, tuned_triplets
+from spectra.measures.familiarity import Familiarity, familiarity
+from spectra.measures.tuned import tuned_triplets
 from spectra.pairing import Pair
 
 Sides = Literal["left", "right", "both"]

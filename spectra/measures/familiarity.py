@@ -6,29 +6,19 @@ Source: Shuttleworth, Andreas, Torralba, Sharma, *LoRA vs Full Fine-tuning: An I
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from spectra.linalg.iterative import lanczos_triplets
-from spectra.linalg.lapack import LapackError
-from spectra.linalg.lowrank import LowRank
-from spectra.linalg.perturbed import perturbed_triplets
-from spectra.linalg.products import matmul
-from spectra.linalg.svd import TAIL, Spectrum, svd
-from spectra.linalg.triplets import Triplets, leading_triplets
+from spectra.linalg.svd import Spectrum
+from spectra.linalg.triplets import Triplets
 from spectra.measures.intruders import CLUSTER_GAP, best_cosines, cluster_cosines, random_cosine
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Side = Literal["left", "right"]
-# Why leading triplets were taken from a full SVD of W'; `Triplets.algorithm` ends in it then.
-NOT_CONVERGED = "for its leading triplets did not converge"
-SPOILED = "for squaring would spoil its leading triplets"  # those under TAIL s'_0
 
 
 @dataclass(frozen=True)
@@ -86,44 +76,3 @@ def familiarity(base: Spectrum, tuned: Triplets, k: int, side: Side, gap: float 
         cluster_members=members,
         null=random_cosine(basis.shape[0], basis.shape[1]),
     )
-
-
-def tuned_triplets(weight: Tensor, base: Spectrum, tuned: Tensor | LowRank, count: int, fast: bool = False) -> Triplets:
-    """The `count` leading triplets of W', without a full SVD of it where they converge.
-
-    They come from the base's spectrum and the update where the update comes as factors; of a dense W', whose update has
-    no small rank, from one reduction of its float64 Gram matrix. A float64 W' is decomposed in full: squaring it would
-    cost half of its digits.
-
-    Args:
-        weight: W (m x n) and `base`, its spectrum, with float64 vectors where `tuned` is an update.
-        tuned: W', or the update D = W' - W as factors: then W' is not formed (see `perturbed_triplets`).
-        fast: iterate those triplets alone by Lanczos: cosines are good to 1e-5 for a dense W', and a direction may be
-            missed where several singular values are equal.
-    Returns: `Triplets`; where no other way converged, or squaring would spoil the last of them, of a full float64 SVD
-        of W', and `algorithm` says so.
-    Raises: NotFiniteError where W' is not finite; LapackError where no solver converges.
-    """
-    if isinstance(tuned, LowRank):
-        for iterate in (True, False) if fast else (False,):
-            try:
-                return perturbed_triplets(base, tuned, count, iterate=iterate)
-            except LapackError:
-                continue
-        full = svd(weight.double() + tuned.c * matmul(tuned.B.double(), tuned.A.double()))
-        return _in_full(Triplets(full.U[:, :count], full.S, full.V[:, :count], full.algorithm), NOT_CONVERGED)
-    if fast and tuned.dtype == torch.float32 and tuned.device.type == "cpu":
-        try:
-            return lanczos_triplets(tuned, count)
-        except LapackError:
-            pass  # small, clustered or out of float32's range: the direct way copes
-    found = leading_triplets(tuned, count)
-    if tuned.dtype == torch.float64:
-        return found
-    if found.S[found.Y.shape[1] - 1] <= TAIL * found.S[0]:
-        return _in_full(found, SPOILED)
-    return _in_full(found, NOT_CONVERGED) if found.algorithm.startswith("ges") else found
-
-
-def _in_full(found: Triplets, why: str) -> Triplets:
-    return replace(found, algorithm=f"{found.algorithm} of all of W', {why}")

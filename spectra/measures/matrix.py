@@ -13,7 +13,6 @@ from spectra.errors import SpectraError
 from spectra.linalg.iterative import float32_gram, lanczos_triplets
 from spectra.linalg.lapack import LapackError
 from spectra.linalg.lowrank import LowRank
-from spectra.linalg.perturbed import perturbed_triplets
 from spectra.linalg.products import CHUNK, Difference, gram
 from spectra.linalg.projected import project
 from spectra.linalg.svd import Spectrum
@@ -21,6 +20,7 @@ from spectra.linalg.triplets import Triplets, leading_triplets, singular_values
 from spectra.measures.decomposition import Decomposition, decompose
 from spectra.measures.rounding import Rounding, rounding
 from spectra.measures.rows import Measured, padded, rows
+from spectra.measures.tuned import factored_triplets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,11 +59,11 @@ def measure(
             is the rotation of those.
         overwrite: whether D may take the place of W' where both are of one dtype, which spares a matrix.
     Raises: NotFiniteError where W' holds NaN or infinite entries, and then W' is as it was; SpectraError where an entry
-        of D leaves the range of the dtype of base.U.
+        of D leaves the range of the dtype of base.U, or the squares of W or of a D of factors that of float64.
     Memory beside the arguments: of float64 squares of the short side at most three, and a D that finds no place.
     """
     if isinstance(tuned, LowRank):
-        found = _factored(base, tuned, slices, top, fast)
+        found = _factored(W, base, tuned, slices, top, fast)
         nothing = np.array(0.0)
         stored = Rounding(nothing, nothing, np.array(np.nan))  # factors carry no storage noise of W or W'
     else:
@@ -82,15 +82,14 @@ def measure(
     return row
 
 
-def _factored(base: Spectrum, D: LowRank, slices: int, top: int, fast: bool) -> tuple[Triplets, Decomposition, Array]:
+def _factored(
+    W: Tensor, base: Spectrum, D: LowRank, slices: int, top: int, fast: bool
+) -> tuple[Triplets, Decomposition, Array]:
     """Triplets of W + D, the split of D and its singular values, from the factors."""
     update = project(base, D)
-    try:
-        triplets = perturbed_triplets(base, update, top, iterate=fast)
-    except LapackError:
-        if not fast:
-            raise
-        triplets = perturbed_triplets(base, update, top)
+    if not all(isfinite(float(values @ values)) for values in (base.S, update.values)):
+        raise SpectraError("the squares of W or of W' - W leave the range of float64; scale both models down")
+    triplets = factored_triplets(W, base, update, top, fast)
     return triplets, decompose(base, update, slices, rotation=not fast), _padded(update.values, len(base.S), 0.0)
 
 

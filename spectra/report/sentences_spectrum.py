@@ -195,7 +195,9 @@ def full_decompositions(evidence: Evidence) -> Finding | None:
     rows = evidence.compared
     could = (rows["update_form"] == "dense") & (rows["tuned_dtype"] != "float64")
     small = (rows[["rows", "columns"]].min(axis=1) <= SMALL[0]) & (rows["rows"] * rows["columns"] <= SMALL[1])
-    names = list(rows["name"][could & ~small & rows["tuned_algorithm"].str.startswith("ges")])
+    algorithm = rows["tuned_algorithm"]
+    of_factors = algorithm.str.contains("of all of W'", regex=False)
+    names = list(rows["name"][(could & ~small & algorithm.str.startswith("ges")) | of_factors])
     if not names:
         return None
     text = (
