@@ -69,6 +69,10 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="What everything random is drawn from.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
+    shard: Annotated[
+        bool | None,
+        typer.Option("--shard", help="Several processes keep a share of each weight (FSDP); see torchrun, accelerate."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The folder of the run.")] = None,
     settings: Annotated[
         list[str] | None,
@@ -122,6 +126,7 @@ def train(
         "keep_every": keep_every,
         "seed": seed,
         "device": device,
+        "shard": shard,
         "out": str(out) if out else None,
     }
     changes = {key: value for key, value in flags.items() if value is not None} | dict(assigned(settings or ()))

@@ -15,6 +15,7 @@ from spectra.errors import SpectraError
 from spectra.report.wording import counted
 from spectra.sources.libraries import library
 from spectra.training.settings import TrainSettings
+from spectra.training.sharding import is_asked_for
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -33,7 +34,8 @@ def make_accelerator(settings: TrainSettings, folder: Path) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not launched:
         accelerate.state.AcceleratorState._reset_state(True)  # it is kept once a process, whatever is asked later
-    with _device(None if launched else settings.device):
+    shard = is_asked_for(settings.shard)
+    with _device(None if launched else settings.device), _set("ACCELERATE_USE_FSDP", "false"):  # we shard ourselves
         accelerator: Accelerator = accelerate.Accelerator(
             cpu=settings.device == "cpu",
             mixed_precision=settings.precision,
@@ -44,13 +46,18 @@ def make_accelerator(settings: TrainSettings, folder: Path) -> Accelerator:
     if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise SpectraError(
             f"training under {accelerator.distributed_type} is not supported; use accelerate's multi-GPU mode, which "
-            "keeps the whole model on every device"
+            "keeps the whole model on every device, or FSDP (shard), which shares it among them"
         )
     share = settings.optimiser.batch_size * settings.optimiser.accumulate
     if share < accelerator.num_processes:
         raise SpectraError(
             f"a step of {counted(share, 'example')} cannot be shared by {accelerator.num_processes} processes; raise "
             "optimiser.batch_size, which counts the examples of all of them"
+        )
+    if shard and share % accelerator.num_processes:
+        raise SpectraError(
+            f"a step of {counted(share, 'example')} cannot be cut alike for {accelerator.num_processes} processes that "
+            "share the weights (shard); make optimiser.batch_size a multiple of their number"
         )
     return accelerator
 
@@ -73,15 +80,22 @@ def _device(name: str | None) -> Iterator[None]:
         raise SpectraError(f"device is {name!r}; give auto, cpu, cuda, cuda:1 or mps")
     if not there[kind] or (kind == "cuda" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count()):
         raise SpectraError(f"device is {name!r}, which this machine does not have; give cpu or auto")
-    before = os.environ.get("ACCELERATE_TORCH_DEVICE")
-    os.environ["ACCELERATE_TORCH_DEVICE"] = name
+    with _set("ACCELERATE_TORCH_DEVICE", name):
+        yield
+
+
+@contextmanager
+def _set(variable: str, value: str) -> Iterator[None]:
+    """An environment variable, for the block."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ["ACCELERATE_TORCH_DEVICE"]
+            del os.environ[variable]
         else:
-            os.environ["ACCELERATE_TORCH_DEVICE"] = before
+            os.environ[variable] = before
 
 
 def peak_memory(device: torch.device) -> float:

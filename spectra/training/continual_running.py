@@ -27,6 +27,7 @@ from spectra.training.examples import in_turn
 from spectra.training.run import ADAPTER
 from spectra.training.running import train
 from spectra.training.settings import SETTINGS, TrainSettings
+from spectra.training.sharding import is_asked_for
 from spectra.training.state import fingerprint, seeded
 from spectra.training.sweep_result import spectral_columns
 from spectra.training.tasks import Task, evaluate
@@ -134,7 +135,10 @@ def _stage(
             raise SpectraError(f"the task {name!r} has its own {key}; all tasks share one, give it beside them")
         own |= {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, Mapping) else {key: value}
     make = None if isinstance(given, Mapping) else given
-    return _Stage(number, name, settings.changed(own, f"the task {name!r}"), make, place)
+    chosen = settings.changed(own, f"the task {name!r}")
+    if is_asked_for(chosen.shard):
+        raise SpectraError("weights are not shared among processes (shard) in a sequence of tasks; leave shard out")
+    return _Stage(number, name, chosen, make, place)
 
 
 def _learn(stage: _Stage, body: nn.Module, before: str, progress: Progress | None) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil, isfinite
 from pathlib import Path
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from spectra.errors import SpectraError
 from spectra.report.wording import counted
-from spectra.training.examples import Batch, drawn, examples_per_batch, in_turn
+from spectra.training.examples import Batch, drawn, examples_per_batch, in_turn, in_vain
 from spectra.training.journal import Log
 from spectra.training.optimising import learning_rate
 from spectra.training.settings import ADJUSTABLE, TrainSettings
 from spectra.training.settings_reading import flat
+from spectra.training.sharding import Sharded, own_share, shared_state, whole_tensor, whole_tensors
 from spectra.training.state import moving_tensors, random_state, restore_random_state, restore_tensors, save_state
 from spectra.training.tasks import Task, evaluate
 
@@ -57,7 +58,7 @@ class Loop:
 
     `retained` are tasks that are only watched, by the names of their lines in the log. `data` are fingerprints of the
     files of examples, by the settings that name them. `keep` writes what is trained, at the steps that
-    settings.keep_every names.
+    settings.keep_every names. `sharded`: what shares the weights among the processes, where they are shared.
     """
 
     settings: TrainSettings
@@ -73,6 +74,7 @@ class Loop:
     log: Log
     progress: Progress | None = None
     keep: Callable[[int], None] | None = None
+    sharded: Sharded | None = None
     position: Position = field(default_factory=Position)
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> None:
@@ -106,14 +108,14 @@ class Loop:
             loss = torch.zeros((), device=self.accelerator.device)
             for number, batch in enumerate(batches, 1):
                 waits = number < len(batches)  # processes exchange gradients once a step
-                with self.accelerator.no_sync(self.model) if waits else nullcontext():
+                with self._exchanging(not waits):
                     with self.accelerator.autocast():
                         total, _, _ = task.losses(batch)
                     self.accelerator.backward(total * (self.accelerator.num_processes / count))
                 loss += total.detach()
             mean = self._sum(loss).item() / count
             clip = settings.optimiser.clip or float("inf")
-            norm = float(self.accelerator.clip_grad_norm_(trained, clip))
+            norm = float(whole_tensor(self.accelerator.clip_grad_norm_(trained, clip)))
             if not isfinite(mean):
                 raise self._diverged(step, rate, f"the loss became {mean}", last_loss)
             # In fp16 the gradient overflows now and then, and the step is then left out and the scale lowered.
@@ -130,13 +132,15 @@ class Loop:
                 self._look(started)
             stopping = bool(self._sum(torch.tensor(float(stop()))).item())  # one process that is asked stops all
             saving = stopping or _is_due(step, save_every, self.steps)
-            if (saving or keeping) and not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
+            if (saving or keeping) and not self._all_finite(trained):
                 raise self._diverged(step, rate, "a weight became infinite or NaN", last_loss)
             if saving and step < self.steps and not isfinite(next_loss := self._loss_of(step + 1, size)):
                 following = learning_rate(settings.optimiser, step + 1, self.steps)
                 raise self._diverged(step + 1, following, f"the loss became {next_loss}", last_loss)
-            if keeping and self.keep is not None and self.accelerator.is_main_process:
-                self.keep(step)
+            if keeping and self.keep is not None:
+                with self.whole():
+                    if self.accelerator.is_main_process:
+                        self.keep(step)
             if saving:
                 self._save()
             if self.progress:
@@ -144,6 +148,21 @@ class Loop:
             if stopping and step < self.steps:
                 raise TrainingInterrupted(self.folder, step)
         self.log.begin()  # of a run without steps, or one that was stopped after its last
+
+    def whole(self) -> AbstractContextManager[None]:
+        """What is saved of the model, for a block in which the first process writes it. All processes must enter."""
+        return nullcontext() if self.sharded is None else self.sharded.gathered()
+
+    def _exchanging(self, now: bool) -> AbstractContextManager[None]:
+        """Whether the gradients of a block are added up over the processes."""
+        if self.sharded is not None:
+            return self.sharded.exchanging(now)
+        waiting: AbstractContextManager[None] = nullcontext() if now else self.accelerator.no_sync(self.model)
+        return waiting
+
+    def _all_finite(self, parameters: Sequence[Tensor]) -> bool:
+        wrong = sum(not bool(torch.isfinite(own_share(parameter)).all()) for parameter in parameters)
+        return not self._sum(torch.tensor(float(wrong))).item()
 
     def _batches(self, step: int, size: int) -> list[Batch]:
         """The batches of a step that are this process's, on the device."""
@@ -168,10 +187,15 @@ class Loop:
         """Score the new task and the retained ones, one line each."""
         accelerator, position = self.accelerator, self.position
         for name, task in {"test": self.task, **self.retained}.items():
-            size = self.settings.evaluation_batch_size
-            shares = in_turn(task.test, size, accelerator.process_index, accelerator.num_processes)
+            size, processes = self.settings.evaluation_batch_size, accelerator.num_processes
+            shares = in_turn(task.test, size, accelerator.process_index, processes)
+            idle = in_vain(task.test, size, accelerator.process_index, processes) if self.sharded else ()
             found = evaluate(
-                task, (_on(accelerator.device, batch) for batch in shares), accelerator.autocast, self._sum
+                task,
+                (_on(accelerator.device, batch) for batch in shares),
+                accelerator.autocast,
+                self._sum,
+                idle=(_on(accelerator.device, batch) for batch in idle),
             )
             position.seconds = time.perf_counter() - started
             self._write(name, found)
@@ -195,6 +219,9 @@ class Loop:
             from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
             states = gather_object(states)
+        # Weights that are shared are put together by all processes, and written by the first.
+        tensors = whole_tensors(moving_tensors(self.accelerator.unwrap_model(self.model)))
+        optimiser = whole_tensors(self.optimiser.state_dict())
         if self.log.journal is None:
             return
         values = {
@@ -204,8 +231,8 @@ class Loop:
             "data": dict(self.data),
             "examples": len(self.task.train) if self.task.train is not None else 0,
             "journal": self.log.journal.size,
-            "tensors": moving_tensors(self.accelerator.unwrap_model(self.model)),
-            "optimiser": self.optimiser.state_dict(),
+            "tensors": tensors,
+            "optimiser": optimiser,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": states,
         }
@@ -232,7 +259,8 @@ class Loop:
                 f"are {len(self.task.train)}; give the same data, or --force to start anew"
             )
         restore_tensors(self.accelerator.unwrap_model(self.model), state["tensors"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        self.optimiser.load_state_dict(shared_state(state["optimiser"], parameters))
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if len(state["random"]) == self.accelerator.num_processes:

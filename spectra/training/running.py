@@ -32,6 +32,7 @@ from spectra.training.place import claim, finished, kept_folder, reserved
 from spectra.training.run import COMPARISON, SUMMARY, Run, load_run
 from spectra.training.saving import save_result, save_trained
 from spectra.training.settings import TrainSettings
+from spectra.training.sharding import Sharded, is_asked_for
 from spectra.training.state import STATE, fingerprint, load_state, seeded
 from spectra.training.stopping import wish_to_stop
 
@@ -96,7 +97,8 @@ def train(
         saved = load_state(folder) if resume else None
         with seeded(chosen.seed):
             built = build(chosen, base=base, task=task, retain=retain)
-            before = _weights(built, copied=method is full)
+            # A full fine-tuning overwrites the base; where that has a folder, the folder is read again instead.
+            before = built.source or _weights(built, copied=method is full)
             mark = fingerprint(built.task.model)
             cache = Path(chosen.cache) if chosen.cache else None
             preparation = Preparation(chosen.seed, cache, spectra, lambda: _first_batches(built, chosen))
@@ -106,10 +108,13 @@ def train(
             if saved is not None:
                 loop.restore(saved)
             _train(loop)
+        result = ""
+        with loop.whole():
+            if is_first:
+                result = save_result(folder, built.task, model, is_adapter=method not in (full, head))
         if is_first:
-            result = save_result(folder, built.task, model, is_adapter=method not in (full, head))
             if chosen.compare:
-                _compare(chosen, built.source or before, folder / result, built.task.head)
+                _compare(chosen, before, folder / result, built.task.head)
             own = () if method in (full, head) else attachment(model).notes
             _summarise(loop, result, class_names(built.task.model), (*built.notes, *own, *loop.position.changes))
             (folder / STATE).unlink(missing_ok=True)
@@ -150,8 +155,7 @@ def _first_batches(built: Built, settings: TrainSettings) -> list[Batch]:
 def _weights(built: Built, *, copied: bool) -> dict[str, Tensor]:
     """The weights before training, by the names that the result will have."""
     state = {name: value for name, value in built.task.model.state_dict().items() if isinstance(value, Tensor)}
-    # A full fine-tuning overwrites them; where the base has a folder, that is read again instead.
-    return {name: value.clone() for name, value in state.items()} if copied and built.source is None else state
+    return {name: value.clone() for name, value in state.items()} if copied else state
 
 
 def _ready(
@@ -164,19 +168,28 @@ def _ready(
     log: Log,
     progress: Progress | None,
 ) -> Loop:
-    """Everything on its device, the trained model wrapped by accelerate."""
-    model.to(accelerator.device)
-    for task in built.retained.values():
-        task.model.to(accelerator.device)
+    """Everything on its device, the trained model wrapped by accelerate or shared among the processes."""
+    retained, sharded = dict(built.retained), None
+    models = [model, *(task.model for task in retained.values())]
+    is_adapter = method_named(settings.method.name) not in (full, head)
+    if is_asked_for(settings.shard):
+        sharded = Sharded.over(accelerator, models, is_adapter=is_adapter)
+    else:
+        for module in models:
+            module.to(accelerator.device)
     examples = built.task.train
     assert examples is not None
     steps = steps_in_all(settings.optimiser, len(examples), examples_per_batch(examples, settings.optimiser.batch_size))
-    wrapped, optimiser = accelerator.prepare(model, make_optimiser(settings.optimiser, model))
-    task = built.task.called_through(model)
-    is_adapter = method_named(settings.method.name) not in (full, head)
+    optimiser, task = make_optimiser(settings.optimiser, model), built.task.called_through(model)
+    wrapped: nn.Module
+    if sharded is None:
+        wrapped, prepared = accelerator.prepare(model, optimiser)
+    else:
+        wrapped, prepared = model, accelerator.prepare(optimiser)
+        task, retained = sharded.through(task), {name: sharded.through(each) for name, each in retained.items()}
     return Loop(
-        settings, folder, accelerator, task, wrapped, optimiser, built.retained, steps, mark, built.fingerprints(), log,
-        progress=progress,
+        settings, folder, accelerator, task, wrapped, prepared, retained, steps, mark, built.fingerprints(), log,
+        progress=progress, sharded=sharded,
         keep=lambda step: save_trained(kept_folder(folder, step), built.task, model, is_adapter),
     )  # fmt: skip
 

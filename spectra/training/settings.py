@@ -141,9 +141,10 @@ class TrainSettings:
     evaluate_every: in steps; None evaluates before and after only.   save_every: in steps, after which the state is
     saved from which a killed run goes on; None saves after every tenth of the run, 0 only at its end and on Ctrl-C.
     keep_every: in steps; what is trained is scored and kept in a folder `step-N`, at the end too, for `spectra compare
-    BASE step-* --sequence`.   device: "auto", "cpu", "cuda", "cuda:1", "mps".   precision: of the forward pass ("no",
-    "bf16", "fp16").   compare: whether base and result are compared at the end.   cache: a folder of base spectra, as
-    of `compare`.   trackers: names that `accelerate` knows ("tensorboard", "wandb").
+    BASE step-* --sequence`.   device: "auto", "cpu", "cuda", "cuda:1", "mps".   shard: of several processes, every one
+    keeps a share of each weight (FSDP) instead of all weights.   precision: of the forward pass ("no", "bf16", "fp16").
+    compare: whether base and result are compared at the end.   cache: a folder of base spectra, as of `compare`.
+    trackers: names that `accelerate` knows ("tensorboard", "wandb").
     """
 
     model: ModelSettings = ModelSettings()
@@ -159,6 +160,7 @@ class TrainSettings:
     keep_every: int | None = None
     evaluation_batch_size: int = 64
     device: str = "auto"
+    shard: bool = False
     precision: Literal["no", "bf16", "fp16"] = "no"
     compare: bool = True
     cache: str | None = None
@@ -275,7 +277,7 @@ _EITHER = (
 _OF_A_SLICE = ("method.position", "method.start", "method.position_pattern", "method.start_pattern")
 
 # What changes where and how a run is made and kept, and none of its numbers.
-_SAYS_HOW = {"out", "save_every", "device", "cache", "compare", "trackers"}
+_SAYS_HOW = {"out", "save_every", "device", "shard", "cache", "compare", "trackers"}
 
 # What a run that diverged may go on with otherwise: it decides numbers, and which steps it held for is noted.
 ADJUSTABLE = ("optimiser.learning_rate", "optimiser.clip")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spectra.atomic import replacing
 from spectra.errors import SpectraError
 from spectra.tensor_files import write_torch
+from spectra.training.sharding import shared_like
 
 STATE = "state.pt"
 FORMAT = 2
@@ -69,7 +70,7 @@ def restore_tensors(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
         raise SpectraError(f"the saved state does not fit the model at {wrong!r}; start anew with --force")
     with torch.no_grad():
         for name, value in own.items():
-            value.copy_(saved[name])
+            value.copy_(shared_like(saved[name], value))
 
 
 def fingerprint(model: nn.Module) -> str:

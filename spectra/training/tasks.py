@@ -150,10 +150,12 @@ def evaluate(
     batches: Iterable[Batch],
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     reduce: Callable[[Tensor], Tensor] = lambda total: total,
+    idle: Iterable[Batch] = (),
 ) -> dict[str, float]:
     """Loss (mean over counted targets, nats) and score of a task, dropout off; a perplexity for language models.
 
-    Sums run in float64; `reduce` adds them over processes. The model's mode is as before afterwards.
+    Sums run in float64; `reduce` adds them over processes. Batches of `idle` are run and not counted. The model's mode
+    is as before afterwards.
     """
     modes = [(module, module.training) for module in task.model.modules()]
     task.model.eval()
@@ -164,6 +166,9 @@ def evaluate(
                 with autocast():
                     sums = task.losses(batch)
                 total += torch.stack([part.detach().cpu().double() for part in sums])
+            for batch in idle:
+                with autocast():
+                    task.losses(batch)
     finally:
         for module, training in modes:
             module.training = training

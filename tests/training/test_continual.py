@@ -204,6 +204,8 @@ def test_names_and_tasks_that_will_not_do(tmp_path: Path) -> None:
     with pytest.raises(SpectraError, match="'retain' names a task"):  # which the settings' own is called
         own = {"kind": "custom", "factory": "tests.training.small:old_task"}
         learn(tmp_path / "out", {"retain": own}, tasks={"retain": TASKS["first"]}, retain=None)
+    with pytest.raises(SpectraError, match="leave shard out"):
+        learn(tmp_path / "out", {"shard": True})
     assert not (tmp_path / "out").exists()
 
 
