@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Collection, Mapping
 from math import isclose
@@ -21,14 +22,21 @@ from spectra.sources.adapters import RECORD
 from spectra.tensor_files import write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-OF_AN_ADAPTER = frozenset({CONFIG, WEIGHTS, RECORD, "adapter_model.bin", "README.md"})
+OF_AN_ADAPTER = frozenset({CONFIG, WEIGHTS, RECORD, "adapter_model.bin"})
+# What is laid beside an adapter, and kept where that is replaced: a tokenizer or image processor, a model card.
+BESIDE = frozenset({
+    "README.md", "added_tokens.json", "chat_template.jinja", "merges.txt", "preprocessor_config.json",
+    "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "vocab.json", "vocab.txt",
+})  # fmt: skip
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
 def check_place(folder: Path, force: bool) -> None:
     """Raise `SpectraError` where an adapter must not or cannot be put into `folder`; makes its parents.
 
-    With `force` an adapter's folder is replaced, and never one that holds anything else.
+    With `force` an adapter in the folder is replaced, and never a folder that holds anything else than that and what
+    is laid beside one.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +46,7 @@ def check_place(folder: Path, force: bool) -> None:
         raise SpectraError(
             f"cannot write an adapter to {folder}: {error.strerror or error}; choose another folder"
         ) from error
-    if foreign := sorted(names - OF_AN_ADAPTER):
+    if foreign := sorted(names - OF_AN_ADAPTER - BESIDE):
         raise SpectraError(f"{folder} holds {foreign[0]!r}, which is no part of an adapter; choose another folder")
     if names and not force:
         raise SpectraError(f"{folder} holds an adapter already; choose another folder, or force its replacement")
@@ -85,6 +93,9 @@ def put_adapter(
     """
     try:
         with replacing_folder(folder) as temporary:
+            for name in sorted(BESIDE):
+                if (folder / name).is_file():
+                    shutil.copy2(folder / name, temporary)
             write_tensors(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
             for name, content in ((CONFIG, config), (RECORD, record)):
                 if content is not None:

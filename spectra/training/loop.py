@@ -176,7 +176,17 @@ class Loop:
         return [_on(accelerator.device, train.batch(indices)) for indices in parts]
 
     def _loss_of(self, step: int, size: int) -> float:
-        """The loss that a step begins with, without dropout: weights that give none are not worth saving."""
+        """The loss that a step begins with, without dropout: weights that give none are not worth saving.
+
+        Where examples are drawn at random, the step itself draws them anew, as if nobody had looked.
+        """
+        before = random_state(self.accelerator.device)
+        try:
+            return self._loss_without_trace(step, size)
+        finally:
+            restore_random_state(before, self.accelerator.device)
+
+    def _loss_without_trace(self, step: int, size: int) -> float:
         batches = self._batches(step, size)
         counted_targets = self._sum(torch.tensor(float(sum(self.task.counted(batch) for batch in batches)))).item()
         if not counted_targets:  # which the step itself refuses

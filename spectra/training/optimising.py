@@ -38,6 +38,17 @@ def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
     return settings.learning_rate * factor
 
 
+def lost_steps(model: nn.Module) -> str | None:
+    """A sentence on weights that are trained in bfloat16, where small steps are rounded away; None where none are."""
+    narrow = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.bfloat16]
+    if not narrow:
+        return None
+    return (
+        f"{narrow[0]!r} and {len(narrow) - 1} other parameters are trained in bfloat16, which rounds away steps under "
+        'a 256th of a weight; model.dtype float32 with precision "bf16" keeps them'
+    )
+
+
 def make_optimiser(settings: OptimiserSettings, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD on the parameters that ask for a gradient, grouped by weight decay and by factor of the rate.
 
@@ -51,8 +62,9 @@ def make_optimiser(settings: OptimiserSettings, model: nn.Module) -> torch.optim
         if parameter.requires_grad:
             if parameter.dtype == torch.float16:  # in which the smallest terms of both optimisers are zero
                 raise SpectraError(
-                    f"{name!r} would be trained in float16, which cannot hold small steps; set model.dtype to float32 "
-                    "or bfloat16 (only the factors of an adapter are float32 on any base)"
+                    f"{name!r} would be trained in float16, which cannot hold small steps; set model.dtype to float32, "
+                    'and precision to "bf16" for speed (the factors of an adapter are float32 on any base, new heads '
+                    "are of the base's dtype)"
                 )
             pattern = next((glob for glob in patterns if fnmatchcase(name, glob)), None)
             used.add(pattern)

@@ -27,7 +27,7 @@ from spectra.training.examples import Batch, drawn, examples_per_batch
 from spectra.training.journal import Journal, Log, read_lines
 from spectra.training.loop import Loop, Progress, TrainingInterrupted
 from spectra.training.methods import METHODS, Preparation, adapter_config, full, head, method_named
-from spectra.training.optimising import make_optimiser, steps_in_all
+from spectra.training.optimising import lost_steps, make_optimiser, steps_in_all
 from spectra.training.place import claim, finished, kept_folder, reserved
 from spectra.training.run import COMPARISON, SUMMARY, Run, load_run
 from spectra.training.saving import save_result, save_trained
@@ -116,7 +116,10 @@ def train(
             if chosen.compare:
                 _compare(chosen, before, folder / result, built.task.head)
             own = () if method in (full, head) else attachment(model).notes
-            _summarise(loop, result, class_names(built.task.model), (*built.notes, *own, *loop.position.changes))
+            narrow = filter(None, [lost_steps(model)])
+            _summarise(
+                loop, result, class_names(built.task.model), (*built.notes, *own, *narrow, *loop.position.changes)
+            )
             (folder / STATE).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
         return Run(folder, chosen, json.loads((folder / SUMMARY).read_text(encoding="utf-8")), model)

@@ -239,6 +239,7 @@ class TrainSettings:
         if optimiser.steps is not None and optimiser.epochs is not None:
             raise SpectraError(f"{source} gives both optimiser.steps and optimiser.epochs; keep one of them")
         least: dict[str, tuple[float | None, float]] = {
+            "seed": (self.seed, 0),
             "method.rank": (method.rank, 1),
             "method.start": (method.start, 0),
             "method.gradient_batches": (method.gradient_batches, 1),
@@ -264,6 +265,8 @@ class TrainSettings:
         for key, (value, bound) in least.items():
             if value is not None and not value >= bound:  # not >= refuses NaN too
                 raise SpectraError(f"{source} gives {key} = {value}, which must be at least {bound:g}")
+        if self.seed >= 2**63:
+            raise SpectraError(f"{source} gives seed = {self.seed}, which must be below 2^63")
         for key, share in (("optimiser.warmup", optimiser.warmup), ("data.holdout", self.data.holdout)):
             if share >= 1:
                 raise SpectraError(f"{source} gives {key} = {share}, which must be below 1")

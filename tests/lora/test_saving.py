@@ -229,7 +229,9 @@ def test_folders_that_cannot_be_written_or_read_are_refused(tmp_path: Path) -> N
     save_adapter(adapted, tmp_path / "adapter")
     with pytest.raises(SpectraError, match="holds an adapter already"):
         save_adapter(adapted, tmp_path / "adapter")
+    (tmp_path / "adapter" / "tokenizer.json").write_text("{}")  # as training lays it beside
     save_adapter(adapted, tmp_path / "adapter", force=True)
+    assert (tmp_path / "adapter" / "tokenizer.json").read_text() == "{}"
     with pytest.raises(SpectraError, match="Zoo carries no slices"):
         save_adapter(zoo(), tmp_path / "other")
     with pytest.raises(SpectraError, match=r"holds no spectra_slices\.json"):

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -530,9 +532,62 @@ def test_summary_counts_every_parameter_once_and_keeps_notes(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["full", "head"])
 def test_weights_in_float16_are_not_trained(tmp_path: Path, name: str) -> None:
     settings = {"method": {"name": name}, "optimiser": {"steps": 3}, "out": str(tmp_path / "run")}
-    with pytest.raises(SpectraError, match=r"would be trained in float16.* set model\.dtype to float32 or bfloat16"):
+    with pytest.raises(SpectraError, match=r"would be trained in float16.* set model\.dtype to float32, and precision"):
         train(settings, base=make_base(), task=lambda base: _halved(new_task(base)))
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_in_bfloat16_are_trained_with_a_word_of_warning(tmp_path: Path) -> None:
+    settings = {"method": {"name": "full"}, "optimiser": {"steps": 1}, "compare": False, "out": str(tmp_path / "run")}
+
+    def narrow(base: nn.Module) -> Task:
+        task = new_task(base)
+        task.model.bfloat16()
+        columns = {name: X.bfloat16() if name == "x" else X for name, X in task.train.columns.items()}  # type: ignore[union-attr]
+        return Task(task.model, TensorExamples(columns), TensorExamples(columns), head=("head",))
+
+    (note,) = train(settings, base=make_base(), task=narrow).summary["notes"]
+    assert note.startswith("'body.fc1.weight' and 7 other parameters are trained in bfloat16, which rounds away steps")
+
+
+class Noisy:
+    """Examples that are augmented anew each time that they are drawn."""
+
+    def __init__(self, examples: TensorExamples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        found = self.examples.batch(indices)
+        return {**found, "x": found["x"] + 0.3 * torch.randn_like(found["x"])}
+
+
+def noisy_task(base: nn.Module) -> Task:
+    task = new_task(base)
+    assert isinstance(task.train, TensorExamples)
+    return replace(task, train=Noisy(task.train))
+
+
+def test_how_often_a_run_is_saved_changes_none_of_its_numbers(tmp_path: Path) -> None:
+    """Neither where examples are random, although saving looks ahead whether the next step has a loss."""
+
+    def go(name: str, resume: bool = False, **others: Any) -> Run:
+        settings = {"method": {"rank": 4, "position": 0.5}, "optimiser": {"steps": 8}, "compare": False}
+        settings |= {"out": str(tmp_path / name), "save_every": others.pop("save_every", 3)}
+        return train(settings, base=make_base(), task=noisy_task, resume=resume, **others)
+
+    never = go("never", save_every=0)
+    assert_same(never, go("often"))
+
+    def progress(step: int, steps: int, word: str) -> None:
+        if step == 5:
+            raise _Enough
+
+    with pytest.raises(_Enough):
+        go("parts", progress=progress)
+    assert_same(never, go("parts", resume=True))
 
 
 def _halved(task: Task) -> Task:

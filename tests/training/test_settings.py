@@ -51,6 +51,8 @@ def test_file_is_read_and_comes_back_from_json(tmp_path: Path) -> None:
         ({"optimiser": {"learning_rat": 1.0}}, r"optimiser\.learning_rat, .*did you mean learning_rate\?"),
         ({"methd": {}}, r"methd, which is no setting of the top level; did you mean method\?"),
         ({"method": {"rank": 0}}, r"method\.rank = 0, which must be at least 1"),
+        ({"seed": -1}, "seed = -1, which must be at least 0"),
+        ({"seed": 2**63}, r"must be below 2\^63"),
         ({"method": {"rank": 2.5}}, r"method\.rank = 2\.5, which must be a whole number"),
         ({"method": {"rank": True}}, "must be a whole number"),
         ({"method": "slice"}, "method = 'slice', which must be a table"),

@@ -18,6 +18,9 @@ from spectra.training.examples import in_turn, in_vain
 from spectra.training.sharding import blocks, of_other_dtypes
 from tests.training.small import method_settings, run_small
 
+for extra in ("accelerate", "peft", "transformers"):
+    pytest.importorskip(extra)
+
 ROOT = Path(__file__).parents[2]
 CASES = {
     "slice": {"method": "slice", "dtype": "float32"},
