@@ -13,6 +13,7 @@ from spectra.errors import SpectraError
 from spectra.lora.initialisations import METHODS
 from spectra.lora.slices import Scale, check_position, is_number, is_whole
 
+ALL_LINEAR = "all-linear"
 PEFT = "peft:"  # what stands before the name of an initialisation of peft
 
 
@@ -68,6 +69,7 @@ class SliceConfig:
                 raise SpectraError(f"{name} takes a list of names, not one string; give [{getattr(self, name)!r}]")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.target_modules is not None and not isinstance(self.target_modules, str):
+            self._check_targets(self.target_modules)
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         self._check_numbers()
         if self.method not in METHODS and not self.method.startswith(PEFT):
@@ -78,6 +80,13 @@ class SliceConfig:
             raise SpectraError(f"{self.scale!r} is no scale of a slice; give sqrt_sigma or orthonormal")
         self._check_slice()
         self._make_plain()
+
+    @staticmethod
+    def _check_targets(given: Any) -> None:
+        if not isinstance(given, Sequence) or not all(isinstance(pattern, str) for pattern in given):
+            raise SpectraError(f"target_modules is {given!r}; give a list of patterns, or {ALL_LINEAR!r}")
+        if ALL_LINEAR in given:
+            raise SpectraError(f"{ALL_LINEAR!r} stands alone as target_modules, not in a list; give it as a string")
 
     def _check_numbers(self) -> None:
         for name, rank in self._given("rank").items():

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from spectra.errors import SpectraError
-from spectra.lora.configuration import SliceConfig, matches
+from spectra.lora.configuration import ALL_LINEAR, SliceConfig, matches
 from spectra.lora.layers import Kind, kind_of, matrix_of
 from spectra.lora.peft_config import require_peft
 from spectra.matrices.names import block_of, natural
 from spectra.matrices.roles import role_of
 
-ALL_LINEAR = "all-linear"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -12,9 +12,8 @@ from spectra.errors import SpectraError
 from spectra.linalg.svd import Spectrum
 from spectra.lora import METHODS as INITIALISATIONS
 from spectra.lora import SliceConfig, attach, mean_gradients
-from spectra.lora.configuration import PEFT
+from spectra.lora.configuration import ALL_LINEAR, PEFT
 from spectra.lora.layers import kind_of
-from spectra.lora.targets import ALL_LINEAR
 from spectra.training.examples import Batch
 from spectra.training.misspelt import closest
 from spectra.training.settings import MethodSettings

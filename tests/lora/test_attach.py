@@ -267,6 +267,8 @@ def test_slips_in_the_configuration_are_refused() -> None:
         "whole number": {"rank": 0, "start": 0},
         "above 0": {"alpha": -1.0, "start": 0},
         "takes a list": {"exclude": "bare", "start": 0},
+        "target_modules is 5; give a list": {"target_modules": 5, "start": 0},
+        "stands alone": {"target_modules": ["all-linear", "bare"], "start": 0},
         "no scale": {"scale": "sigma", "start": 0},
         "dropout": {"dropout": 1.0, "start": 0},
     }.items():
