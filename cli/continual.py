@@ -68,7 +68,10 @@ def continual(
         raise SpectraError("no tasks were given; name a TOML file with a table [tasks.NAME] for every task")
     else:
         chosen, tasks = read_continual_file(config)
-        chosen = chosen.changed(dict(assigned(settings or ())), "the command line")
+        changes = dict(assigned(settings or ()))
+        if "out" in changes:
+            raise SpectraError("--set out would change nothing, since every task has a folder in --out; leave it out")
+        chosen = chosen.changed(changes, "the command line")
         with progress_bar(quiet or as_json, "learning") as progress:
             try:
                 result = learn(chosen, tasks, out=out, progress=progress)

@@ -27,6 +27,15 @@ LEGEND = (
     "means over seeds; before, after: the score of the new task; lost: of the score of the base's own; update, sv x: "
     "as in `spectra compare`"
 )
+# What --set would leave as it is, since a sweep decides it, and what does say it.
+INSTEAD = {
+    "out": "--out",
+    "seed": "--seeds",
+    "method.name": "--methods",
+    "method.position": "--positions",
+    "method.start": "starts in the table sweep of the file",
+    "optimiser.learning_rate": "--learning-rates",
+}
 MATCHED = "* the rate of the slice that the sizes of the first steps are matched to"
 
 
@@ -86,7 +95,8 @@ def sweep(
         result = load_sweep(out)
     else:
         chosen, grid = read_sweep_file(config) if config else (TrainSettings(), None)
-        chosen = chosen.changed(dict(assigned(settings or ())), "the command line")
+        changes = dict(assigned(settings or ()))
+        chosen = chosen.changed(changes, "the command line")
         flags = {
             "positions": _listed(positions, "positions", float),
             "methods": None if methods is None else methods.split(","),
@@ -94,9 +104,11 @@ def sweep(
             "seeds": _listed(seeds, "seeds", int),
             "match_step_size": match_step_size,
         }
+        wanted = _grid(grid, flags)
+        _check_idle(changes, wanted)
         with progress_bar(quiet or as_json, "sweeping") as progress:
             try:
-                result = run_sweep(chosen, _grid(grid, flags), out=out, workers=workers, progress=progress)
+                result = run_sweep(chosen, wanted, out=out, workers=workers, progress=progress)
             except SweepInterrupted as interruption:
                 typer.echo(f"spectra: {interruption}", err=True)
                 raise typer.Exit(130) from interruption
@@ -140,6 +152,15 @@ def _grid(grid: Grid | None, flags: Mapping[str, Any]) -> dict[str, Any]:
     if "positions" in given:
         mapping["starts"] = []
     return {**mapping, **given}
+
+
+def _check_idle(changes: Mapping[str, Any], grid: Mapping[str, Any]) -> None:
+    """Refuse --set of what the sweep decides; the learning rate is the settings' own where the grid has none."""
+    from spectra.errors import SpectraError
+
+    for key, instead in INSTEAD.items():
+        if key in changes and (key != "optimiser.learning_rate" or grid.get("learning_rates")):
+            raise SpectraError(f"--set {key} would change no run, since a sweep decides that itself; give {instead}")
 
 
 def _table(runs: pd.DataFrame) -> Table:

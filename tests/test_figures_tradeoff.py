@@ -1,7 +1,7 @@
-"""The trade-off experiments, smaller: on images of letters and digits drawn from the fonts that matplotlib brings, and
+"""The trade-off experiments, smaller: on real scans of digits, even ones as the old task and odd ones as the new, and
 on mails and speeches written here for the real sentence encoder.
 
-Where SPECTRA_FASHION_MNIST and SPECTRA_MNIST name the folders of the real idx files, the images are those, and more.
+Where SPECTRA_FASHION_MNIST and SPECTRA_MNIST name the folders of those data sets, the images are theirs.
 """
 
 from __future__ import annotations
@@ -17,47 +17,31 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
+from scipy.ndimage import zoom
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
 from spectra.errors import SpectraError
 from spectra.training.sweep_result import table_of
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
-FONTS = [
-    file
-    for file in sorted((Path(matplotlib.get_data_path()) / "fonts" / "ttf").glob("*.ttf"))
-    if file.name.startswith(("DejaVuSans", "DejaVuSerif", "STIXGeneral")) and "Display" not in file.name
-]
 REAL = [os.environ.get(name) for name in ("SPECTRA_FASHION_MNIST", "SPECTRA_MNIST")]
 
 
-def drawn(text: str, count: int, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Images (count, 28, 28) of single letters of `text` in all fonts, at sizes drawn from the seed."""
-    generator = np.random.default_rng(seed)
-    pixels = np.zeros((count, 28, 28), dtype=np.uint8)
-    labels = generator.integers(len(text), size=count).astype(np.uint8)
-    fonts = [FT2Font(str(file)) for file in FONTS]
-    for image, label in zip(pixels, labels, strict=True):
-        font = fonts[generator.integers(len(fonts))]
-        font.set_size(int(generator.integers(16, 22)), 72)
-        font.set_text(text[label])
-        font.draw_glyphs_to_bitmap()
-        glyph = np.asarray(font.get_image())[:28, :28]
-        top, left = ((28 - side) // 2 for side in glyph.shape)
-        image[top : top + glyph.shape[0], left : left + glyph.shape[1]] = glyph
-    return pixels, labels
-
-
-def write_idx(folder: Path, text: str, train: int, test: int, zipped: bool) -> Path:
-    """The four files of a data set as MNIST has them."""
+def write_idx(folder: Path, digits: list[int], *, test: int, zipped: bool) -> Path:
+    """The four files of a data set as MNIST has them: the scanned digits (8 x 8) of scikit-learn, as 28 x 28 pixels."""
+    scans = load_digits()
+    chosen = np.flatnonzero(np.isin(scans.target, digits))
+    order = np.random.default_rng(0).permutation(chosen)
+    pixels = np.stack([zoom(scans.images[at], 3.5, order=1) for at in order]) * (255 / 16)
+    images = pixels.clip(0, 255).astype(np.uint8)
+    labels = np.searchsorted(digits, scans.target[order]).astype(np.uint8)
     folder.mkdir()
-    for name, count, seed in (("train", train, 1), ("t10k", test, 2)):
-        for kind, values in zip(("images", "labels"), drawn(text, count, seed), strict=True):
+    for name, part in (("t10k", slice(0, test)), ("train", slice(test, None))):
+        for kind, values in (("images", images[part]), ("labels", labels[part])):
             content = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes() + values.tobytes()
             file = folder / f"{name}-{kind}-idx{values.ndim}-ubyte{'.gz' if zipped else ''}"
             file.write_bytes(gzip.compress(content) if zipped else content)
@@ -84,24 +68,23 @@ def script(scripts: Callable[[str], Any]) -> Any:
 def test_the_quick_experiment_learns_forgets_and_is_drawn(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The network and the methods of `--quick`; fewer steps and examples, and one seed and rate."""
+    """The network, the methods and the steps of `--quick`; one seed and one rate, and a base of fewer steps."""
     quick = replace(script.QUICK, rates=(script.RATE,), rates_of_full=(script.RATE,), seeds=(0,))
     if all(REAL):
-        letters, digits = (Path(str(folder)) for folder in REAL)
-        sizes = replace(quick, pretraining=100, steps=25, tested=300)
+        old, new = (Path(str(folder)) for folder in REAL)
+        sizes = replace(quick, pretraining=100, tested=300)
     else:
-        letters = write_idx(tmp_path / "letters", "abcdefghij", 1200, 120, zipped=True)
-        digits = write_idx(tmp_path / "digits", "0123456789", 1200, 120, zipped=False)
-        sizes = replace(quick, pretraining=50, steps=10, batch_size=32, tested=120)
+        old = write_idx(tmp_path / "even", [0, 2, 4, 6, 8], test=150, zipped=True)
+        new = write_idx(tmp_path / "odd", [1, 3, 5, 7, 9], test=150, zipped=False)
+        sizes = replace(quick, pretraining=60, batch_size=32, tested=150)
     work = tmp_path / "work" / "quick"
-    table = script.run(letters, digits, work, sizes, workers=0)
+    table = script.run(old, new, work, sizes, workers=0)
     assert (table["status"] == "finished").all(), table["reason"].dropna().tolist()
     assert len(table) == (3 + 4) + (3 + 1)
     plain = table[table["matched_position"].isna()].set_index("method")
     slices, frozen = plain.loc["slice", "score"], plain.loc["head", "score"]
     assert (table["retained_before"] > 0.6).all()  # the base knows its own images
-    margin = 0.2 if all(REAL) else 0.05  # twenty points are the claim of the real images
-    assert slices.max() > frozen + margin and slices.min() > frozen + margin / 2
+    assert slices.min() > frozen + 0.2  # every slice learns far more than the head alone
     assert plain.loc["head", "forgetting"] == 0
     lost = table[table["method"].isin(["slice", "full"])]["forgetting"]
     assert lost.min() >= 0 and lost.max() > 0.1
@@ -114,7 +97,7 @@ def test_the_quick_experiment_learns_forgets_and_is_drawn(
     names = {f"{name}.{ending}" for name in ("tradeoff", "tradeoff_pareto") for ending in ("pdf", "png")}
     assert {path.name for path in work.glob("tradeoff*.p*")} == names
     # Asked again, nothing is trained again, and the data of the new task are not read.
-    again = script.run(letters, tmp_path / "nowhere", work, sizes, workers=0)
+    again = script.run(old, tmp_path / "nowhere", work, sizes, workers=0)
     pd.testing.assert_frame_equal(again, table)
 
 
@@ -125,15 +108,15 @@ def test_a_folder_without_the_files_is_said_with_what_to_do(script: ModuleType, 
 
 def test_a_base_that_cannot_be_written_leaves_no_half_of_one(scripts: Callable[[str], Any], tmp_path: Path) -> None:
     vit = scripts("_vit")
-    letters = write_idx(tmp_path / "letters", "ab", 20, 10, zipped=False)
+    digits = write_idx(tmp_path / "digits", [0, 1], test=10, zipped=False)
 
     class Unsaveable(vit.VisionTransformer):  # type: ignore[name-defined, misc]
         def get_extra_state(self) -> Any:
             return lambda: None  # which no file takes, once torch has begun to write it
 
     with pytest.raises(AttributeError, match="pickle"):
-        vit.pretrained(letters, tmp_path / "base.pt", 0, 10, Unsaveable(width=8, depth=1, heads=1))
-    assert [path.name for path in tmp_path.iterdir()] == ["letters"]
+        vit.pretrained(digits, tmp_path / "base.pt", 0, 10, Unsaveable(width=8, depth=1, heads=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
 
 def test_the_figure_says_how_far_the_weights_moved_and_what_is_not_there(scripts: Callable[[str], Any]) -> None:

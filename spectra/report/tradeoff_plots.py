@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,7 +73,7 @@ class SweepPlots:
 
         Dots are means over the seeds, bars their 95 % intervals (Student's t); other methods are horizontal lines, with
         their intervals at the right. A triangle on the edge marks an interval that goes on beyond it. The legend names
-        the methods that have no runs here.
+        the methods that have no runs here, and says where slices at plain rates are left out and nobody asked for it.
 
         Args:
             rates: "fixed": all methods at the one learning rate `rate`; "matched": slices at rates that give their
@@ -86,6 +87,8 @@ class SweepPlots:
         Raises: SpectraError where the sweep holds no such runs, or nothing of a quantity.
         """
         chosen = chosen_runs(self.runs, rates, rate)
+        if rates is None and _has_others(self.runs, chosen):
+            chosen = replace(chosen, absent={**chosen.absent, "plain slices": "not shown"})
         metric = _metric(chosen)
         labels = {
             "score": f"new task: {metric}",
@@ -221,6 +224,12 @@ def _place_label(runs: pd.DataFrame) -> str:
     if runs["position"].notna().any():
         return "position of the slice (0: largest $s_i$)"
     return "first component of the slice"
+
+
+def _has_others(runs: pd.DataFrame, chosen: Chosen) -> bool:
+    """Whether slices at plain rates are finished, too, where those that were chosen are matched."""
+    slices = runs[(runs["method"] == "slice") & (runs["status"] == "finished")]
+    return bool(chosen.runs["matched_position"].notna().any() and slices["matched_position"].isna().any())
 
 
 def _metric(chosen: Chosen) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,17 @@ from spectra.lora import merge
 from spectra.tensor_files import write_tensors
 from spectra.training.accelerating import make_accelerator
 from spectra.training.building import Built, MakeTask, build, load_base
-from spectra.training.continual_result import KIND, NEW, RETAINED, Continual
+from spectra.training.continual_folder import (
+    BODY,
+    HEAD,
+    RUN,
+    Stage,
+    begun,
+    check_body,
+    finished_stages,
+    write_stage,
+)
+from spectra.training.continual_result import NEW, RETAINED, Continual
 from spectra.training.examples import in_turn
 from spectra.training.run import ADAPTER
 from spectra.training.running import train
@@ -35,20 +44,8 @@ from spectra.training.tasks import Task, evaluate
 if TYPE_CHECKING:
     from spectra.training.loop import Progress
 
-STAGE, BODY, HEAD, RUN = "stage.json", "body.safetensors", "head.safetensors", "run"
 RETAIN = "retain"  # what the task of the settings' [retain] is called
 _SHARED = {"model", "retain", "out"}  # settings that a task cannot have for itself
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """One task of the sequence: its name, its settings, and what makes it where the settings do not."""
-
-    number: int
-    name: str
-    settings: TrainSettings
-    task: MakeTask | None
-    folder: Path
 
 
 def continual(
@@ -66,7 +63,9 @@ def continual(
     Every task is one run of `train` on the body that the tasks before it left; its adapter is merged into that body,
     and its head is kept for it. So the body of stage t is the base plus the sum of t updates, to rounding. Slices are
     those of the body at hand, decomposed anew at each stage. A sequence that was stopped, in whatever way, goes on when
-    it is asked for again, and may have got more tasks at its end.
+    it is asked for again, and may have got more tasks at its end. What is finished must be asked for as it was learnt,
+    of one base and in one order, with the same settings, examples and tasks to retain; where it is not, that is refused
+    before anything is written.
 
     Args:
         settings: what all tasks share, as of `train`.
@@ -94,7 +93,12 @@ def continual(
         )
     base = copy.deepcopy(base) if base is not None else load_base(settings.model)[0]
     mark = fingerprint(base)
-    _check_folder(folder, mark, resume)
+    begun(folder, mark, resume=resume)
+    finished = finished_stages(folder, stages, own, lambda stage: _built(stage, base, retain).fingerprints())
+    body = base
+    for stage, done in zip(stages, finished, strict=False):
+        check_body(stage, done, fingerprint(body))
+        body = _body(stage, body)
     provenance = {
         "spectra": spectra.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -102,20 +106,16 @@ def continual(
         "tasks": [stage.name for stage in stages],
         "base_sha256": mark,
     }
-    evaluations: list[dict[str, Any]] = []
-    drift: list[dict[str, Any]] = []
+    evaluations = [row for done in finished for row in done["evaluations"]]
+    drift = [done["drift"] for done in finished]
     result = _tabulated(evaluations, drift, provenance)
     result.save(folder)
-    body = base
-    for stage in stages:
+    for stage in stages[len(finished) :]:
         before = fingerprint(body)
-        done = _finished(stage, before)
-        if done is None:
-            _learn(stage, body, before, progress)
+        _learn(stage, body, before, progress)
         body = _body(stage, body)
-        if done is None:
-            done = {"body_sha256": before, **_looked_at(stages[: stage.number], base, body, retain)}
-            _write(stage, done)
+        done = {"body_sha256": before, **_looked_at(stages[: stage.number], base, body, retain)}
+        write_stage(stage, done)
         evaluations += done["evaluations"]
         drift.append(done["drift"])
         result = _tabulated(evaluations, drift, provenance)
@@ -123,9 +123,7 @@ def continual(
     return result
 
 
-def _stage(
-    number: int, name: str, given: MakeTask | Mapping[str, Any], settings: TrainSettings, folder: Path
-) -> _Stage:
+def _stage(number: int, name: str, given: MakeTask | Mapping[str, Any], settings: TrainSettings, folder: Path) -> Stage:
     if not re.fullmatch(r"[\w.-]+", name):
         raise SpectraError(f"a task is called {name!r}; give names of letters, digits, dots and dashes")
     place = folder / f"{number}-{name}"
@@ -138,10 +136,10 @@ def _stage(
     chosen = settings.changed(own, f"the task {name!r}")
     if is_asked_for(chosen.shard):
         raise SpectraError("weights are not shared among processes (shard) in a sequence of tasks; leave shard out")
-    return _Stage(number, name, chosen, make, place)
+    return Stage(number, name, chosen, make, place)
 
 
-def _learn(stage: _Stage, body: nn.Module, before: str, progress: Progress | None) -> None:
+def _learn(stage: Stage, body: nn.Module, before: str, progress: Progress | None) -> None:
     """Train a stage, and write what it makes of the body (whose fingerprint is `before`), and its head."""
     if (stage.folder / BODY).exists() and _began_with(stage.folder / BODY) == before:
         return
@@ -172,13 +170,13 @@ def _shared(built: Built, body: nn.Module) -> tuple[dict[str, str], list[str]]:
     return shared, head
 
 
-def _built(stage: _Stage, body: nn.Module, retain: Mapping[str, MakeTask] | None) -> Built:
+def _built(stage: Stage, body: nn.Module, retain: Mapping[str, MakeTask] | None) -> Built:
     """The task of a stage on a copy of a body."""
     with seeded(stage.settings.seed):
         return build(stage.settings, base=body, task=stage.task, retain=retain)
 
 
-def _body(stage: _Stage, body: nn.Module) -> nn.Module:
+def _body(stage: Stage, body: nn.Module) -> nn.Module:
     """A copy of the body with what the stage made of it."""
     following = copy.deepcopy(body)
     following.load_state_dict(_load_tensors(stage.folder / BODY), strict=False)
@@ -186,7 +184,7 @@ def _body(stage: _Stage, body: nn.Module) -> nn.Module:
 
 
 def _looked_at(
-    stages: list[_Stage], base: nn.Module, body: nn.Module, retain: Mapping[str, MakeTask] | None
+    stages: list[Stage], base: nn.Module, body: nn.Module, retain: Mapping[str, MakeTask] | None
 ) -> dict[str, Any]:
     """Scores of all tasks so far on the body of the last stage, and how far that is from the base."""
     last = stages[-1]
@@ -202,16 +200,17 @@ def _looked_at(
     found.save(last.folder / "comparison")
     return {
         "settings": last.settings.to_mapping(),
+        "data_sha256": built.fingerprints(),
         "evaluations": rows,
         "drift": {"stage": last.number, "learnt": last.name, **spectral_columns(found)},
     }
 
 
-def _own_scores(built: Built, stage: _Stage, number: int, learnt: str | None) -> list[dict[str, Any]]:
+def _own_scores(built: Built, stage: Stage, number: int, learnt: str | None) -> list[dict[str, Any]]:
     return [_row(number, learnt, name, RETAINED, task, stage) for name, task in built.retained.items()]
 
 
-def _row(number: int, learnt: str | None, name: str, kind: str, task: Task, stage: _Stage) -> dict[str, Any]:
+def _row(number: int, learnt: str | None, name: str, kind: str, task: Task, stage: Stage) -> dict[str, Any]:
     from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 
     accelerator = make_accelerator(stage.settings, stage.folder)
@@ -252,48 +251,3 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(file)
-
-
-def _write(stage: _Stage, done: Mapping[str, Any]) -> None:
-    """The stage's numbers, last of all: their being there says that it is finished."""
-    with replacing(stage.folder / STAGE) as path:
-        path.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
-
-
-def _finished(stage: _Stage, before: str) -> dict[str, Any] | None:
-    """What a finished stage wrote. Raises: SpectraError where it was one of other settings, or of another sequence.
-
-    Args: before: fingerprint of the body that the stage is to begin with.
-    """
-    file = stage.folder / STAGE
-    if not file.exists():
-        return None
-    done: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    different = TrainSettings.from_mapping(done["settings"]).differences(stage.settings)
-    if different:
-        raise SpectraError(
-            f"{stage.folder} holds this task learnt with other settings ({', '.join(different[:5])}); "
-            "choose another folder, or remove it and those after it"
-        )
-    if done["body_sha256"] != before:
-        raise SpectraError(
-            f"{stage.folder} holds this task learnt after other tasks than those that come before it now; "
-            "choose another folder, or remove it and those after it"
-        )
-    return done
-
-
-def _check_folder(folder: Path, mark: str, resume: bool) -> None:
-    """Make the folder. Raises: SpectraError where it is not this sequence's."""
-    from spectra.training.continual_result import load_continual
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not KIND.begun_in(folder):
-            return
-    except OSError as error:
-        raise SpectraError(f"cannot write into {folder}: {error.strerror or error}; choose another folder") from error
-    if not resume:
-        raise SpectraError(f"{folder} holds a sequence of tasks already; go on with it, or choose another folder")
-    if load_continual(folder).provenance["base_sha256"] != mark:
-        raise SpectraError(f"{folder} holds a sequence that began with another base; choose another folder")

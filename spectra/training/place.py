@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -50,12 +50,12 @@ def reserved(folder: Path, settings: TrainSettings, *, resume: bool, force: bool
 
 def _check(folder: Path, settings: TrainSettings, *, resume: bool, force: bool) -> None:
     _check_inputs(folder, settings)
-    if force:
+    if not (folder / SETTINGS).exists():
         _check_foreign(folder)
-    elif (folder / SETTINGS).exists():
+        if not force and any(folder.iterdir()):
+            raise SpectraError(f"{folder} holds files that are no run; choose another folder, or --force to use it")
+    elif not force:
         _check_same(folder, settings, resume=resume)
-    elif any(folder.iterdir()):
-        raise SpectraError(f"{folder} holds files that are no run; choose another folder, or --force to use it")
 
 
 def claim(folder: Path, settings: TrainSettings, *, force: bool) -> None:
@@ -92,13 +92,12 @@ def _check_inputs(folder: Path, settings: TrainSettings) -> None:
 
 def _check_foreign(folder: Path) -> None:
     """Where no run was, nothing may be taken away that has the name of what a run writes."""
-    if not (folder / SETTINGS).exists():
-        for path in (*_written(folder), *(folder / name for name in FILES)):
-            if path.exists():
-                raise SpectraError(
-                    f"{folder} holds {path.name!r}, which no run of this toolkit left there and a run would replace; "
-                    "choose another folder"
-                )
+    for path in (*_written(folder), *(folder / name for name in FILES)):
+        if path.exists():
+            raise SpectraError(
+                f"{folder} holds {path.name!r}, which no run of this toolkit left there and a run would replace; "
+                "move it away, or choose another folder"
+            )
 
 
 def _written(folder: Path) -> list[Path]:
@@ -109,8 +108,7 @@ def _written(folder: Path) -> list[Path]:
 def _check_same(folder: Path, settings: TrainSettings, *, resume: bool) -> None:
     """The run that is there must be this one, and it must be meant to be gone on with."""
     finished = (folder / SUMMARY).exists()
-    different = TrainSettings.from_file(folder / SETTINGS).differences(settings)
-    may_change = not finished and {*different} <= {*ADJUSTABLE}
+    different, may_change = differing(folder, settings)
     if different and not (resume and may_change):
         remedy = "give --resume to go on with them from its last saved state" if may_change else "choose another folder"
         raise SpectraError(
@@ -120,6 +118,45 @@ def _check_same(folder: Path, settings: TrainSettings, *, resume: bool) -> None:
     if not resume:
         state, what = ("finished", "show it again") if finished else ("begun and not finished", "go on with it")
         raise SpectraError(f"{folder} holds this very run, {state}; give --resume to {what}, or --force to start anew")
+
+
+def differing(folder: Path, settings: TrainSettings) -> tuple[list[str], bool]:
+    """In which settings the run that is there is another one, and whether it may be gone on with in spite of them."""
+    different = TrainSettings.from_file(folder / SETTINGS).differences(settings)
+    return different, not (folder / SUMMARY).exists() and {*different} <= {*ADJUSTABLE}
+
+
+def check_examples(place: Path, then: Mapping[str, str] | None, now: Callable[[], Mapping[str, str]]) -> None:
+    """Refuse to put new numbers beside those in a place whose examples came from files that have changed since.
+
+    Args:
+        then: fingerprints of the files, by the settings that name them; None where none were kept.
+        now: gives those of today; called where files were read then, or may have been.
+    """
+    if then is not None and not then:
+        return  # functions made the examples
+    today = now()
+    if then is None and today:
+        raise SpectraError(
+            f"{place} is of an older version of spectra, which kept nothing that tells whether {' and '.join(today)} "
+            "held the same examples then; choose another folder"
+        )
+    for name, mark in today.items():
+        if then is not None and then.get(name) != mark:
+            raise SpectraError(
+                f"{name} holds other examples than those that {place} was made with; give those again, or choose "
+                "another folder"
+            )
+
+
+def check_retained(place: Path, then: Collection[str], now: Collection[str]) -> None:
+    """Refuse to put new numbers beside those in a place that were taken with other tasks of the base's own."""
+    if {*then} != {*now}:
+        before, after = (", ".join(map(repr, sorted(names))) or "none" for names in (then, now))
+        raise SpectraError(
+            f"of the base's own tasks, {place} was made with {before}, and now {after} is given; retain the same ones, "
+            "or choose another folder"
+        )
 
 
 def finished(folder: Path) -> bool:
@@ -143,8 +180,10 @@ def _sweep_up(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Take away what a run writes, and nothing else."""
+    """Take away what a run writes, and nothing else; settings.json last, by which the rest is known as a run's."""
     for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+        if name != SETTINGS:
+            (folder / name).unlink(missing_ok=True)
     for place in _written(folder):
         shutil.rmtree(place, ignore_errors=True)
+    (folder / SETTINGS).unlink(missing_ok=True)

@@ -146,9 +146,9 @@ def _below(
 def blocks(root: nn.Module) -> Iterator[nn.Module]:
     """The outermost members, with parameters, of all lists and chains of modules below `root`, each once.
 
-    >>> blocks(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), nn.ReLU()]), "head": nn.Linear(2, 2)}))
-    ... # doctest: +ELLIPSIS
-    <generator object blocks at 0x...>
+    >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), nn.ReLU()]), "head": nn.Linear(2, 2)})
+    >>> [block is model["layers"][0] for block in blocks(model)]
+    [True]
     """
     seen: set[nn.Module] = set()
 

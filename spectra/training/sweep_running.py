@@ -25,7 +25,7 @@ from spectra.training.run import Run
 from spectra.training.running import train
 from spectra.training.settings import SETTINGS, TrainSettings
 from spectra.training.state import fingerprint, seeded
-from spectra.training.sweep_folder import ROW, RUNS, begun, finished_rows
+from spectra.training.sweep_folder import ROW, RUNS, begun, check_finished, finished_rows
 from spectra.training.sweep_grid import MATCHED, Grid, PlannedRun, plan
 from spectra.training.sweep_matching import matched_rates, start_sizes
 from spectra.training.sweep_result import Sweep, spectral_columns, table_of
@@ -76,9 +76,11 @@ def sweep(
             follow each other in this process, which needs nothing to be importable.
         resume: False refuses a folder that holds a sweep.
         progress: called with (runs done, runs in all, the name of the last one).
-    Raises: SpectraError for settings that do not fit the grid, for a folder with a sweep of other settings or of
-        another base, and where every run of the grid failed; SweepInterrupted (a KeyboardInterrupt) on Ctrl-C.
-    Cost: beside the runs, one loading of the base, for its fingerprint.
+    Raises: SpectraError for settings that do not fit the grid, for a folder with a sweep of other settings, on other
+        examples or of another base, and where every run of the grid failed; SweepInterrupted (a KeyboardInterrupt) on
+        Ctrl-C.
+    Cost: beside the runs, one loading of the base, for its fingerprint, and where runs are finished already that read
+        files, one of base and examples, for theirs.
     """
     settings = settings if isinstance(settings, TrainSettings) else TrainSettings.from_mapping(settings)
     grid = grid if isinstance(grid, Grid) else Grid.from_mapping(grid)
@@ -90,6 +92,11 @@ def sweep(
         raise SpectraError(f"a sweep with {workers} workers cannot run; give 1 or more, or 0 for this process")
     there = begun(folder, settings, resume=resume)
     mark = _fingerprint(settings, base)
+    if there is not None and "base_sha256" not in there:
+        raise SpectraError(
+            f"{folder} holds a sweep of an older version of spectra, which did not keep of which base it is; choose "
+            "another folder"
+        )
     if there is not None and there["base_sha256"] != mark:
         raise SpectraError(
             f"the runs in {folder} began with another base than the one given now; choose another folder, or remove it"
@@ -102,6 +109,8 @@ def sweep(
         "base_sha256": mark,
     }
     rows = finished_rows(folder)
+    watched = [*(retain or (["retain"] if settings.retain else []))]  # as `build` calls them
+    check_finished(folder, rows, watched, lambda: _examples(settings, base, task, retain))
     names = [run.name for run in planned]
     others = [name for name in rows if name not in names]
 
@@ -135,6 +144,14 @@ def _fingerprint(settings: TrainSettings, base: nn.Module | None) -> str:
     """That of the base which the runs will have."""
     with seeded(0):  # weights that a folder lacks are drawn at random, the same for one folder
         return fingerprint(load_base(settings.model)[0] if base is None else base)
+
+
+def _examples(
+    settings: TrainSettings, base: nn.Module | None, task: MakeTask | None, retain: Mapping[str, MakeTask] | None
+) -> dict[str, str]:
+    """Fingerprints of the files that the runs will read."""
+    with seeded(settings.seed):
+        return build(settings, base=base, task=task, retain=retain or None).fingerprints()
 
 
 def _run(

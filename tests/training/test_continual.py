@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +163,20 @@ def test_stopped_half_way_and_gone_on_with_equals_one_that_was_not(
         assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
 
 
+def on_disk(out: Path) -> dict[Path, bytes]:
+    """All files of a sequence but its base's spectra."""
+    files = [path for path in out.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if "spectra" not in path.relative_to(out).parts}
+
+
 def test_a_sequence_may_grow_and_not_change(tmp_path: Path) -> None:
+    """What is refused, in whatever way, leaves everything as it was."""
     out = tmp_path / "out"
     learn(out, tasks={"first": TASKS["first"]})
-    grown = learn(out, tasks={"first": TASKS["first"], "second": TASKS["second"]})
+    two = {"first": TASKS["first"], "second": TASKS["second"]}
+    grown = learn(out, tasks=two)
     assert list(grown.drift["learnt"]) == ["first", "second"]
+    before = on_disk(out)
     with pytest.raises(SpectraError, match=r"holds this task learnt with other settings \(seed"):
         learn(out, {"seed": 1})
     other = make_base()
@@ -174,14 +185,116 @@ def test_a_sequence_may_grow_and_not_change(tmp_path: Path) -> None:
         learn(out, base=other)
     with pytest.raises(SpectraError, match="already"):
         learn(out, resume=False)
+    other_sequence = {"third": TASKS["third"], "second": TASKS["second"]}
+    with pytest.raises(
+        SpectraError, match=r"1-first is finished and not among .* that are finished \(1-first, 2-second"
+    ):
+        learn(out, tasks=other_sequence)
+    with pytest.raises(SpectraError, match="2-second is finished and not among the tasks that are asked for now"):
+        learn(out, tasks={"first": TASKS["first"]})
+    for retain, words in (({}, "'old', and now none"), ({"new": old_task}, "'old', and now 'new'")):
+        with pytest.raises(SpectraError, match=f"1-first was made with {words} is given; retain the same"):
+            learn(out, tasks=TASKS, retain=retain)
+    assert on_disk(out) == before
+    shutil.move(out / "1-first", tmp_path / "1-first")
+    with pytest.raises(SpectraError, match=r"2-second is finished, and .*1-first before it is not; remove"):
+        learn(out, tasks=two)
+    learn(tmp_path / "other", tasks={"first": TASKS["third"]})
+    shutil.move(tmp_path / "other" / "1-first", out / "1-first")
     with pytest.raises(SpectraError, match="2-second holds this task learnt after other tasks"):
-        learn(out, tasks={"third": TASKS["third"], "second": TASKS["second"]})
+        learn(out, tasks=two)
+    assert load_continual(out).scores.index.tolist() == [0, 1, 2]
     # Had it been killed between the body of a stage and its numbers, the body would be that of the other tasks.
-    stage = out / "2-second"
-    (stage / "stage.json").unlink()
-    other_sequence = learn(out, tasks={"third": TASKS["third"], "second": TASKS["second"]})
-    alone = learn(tmp_path / "alone", tasks={"third": TASKS["third"], "second": TASKS["second"]})
-    pd.testing.assert_frame_equal(other_sequence.evaluations, alone.evaluations, check_exact=True)
+    shutil.rmtree(out / "1-first")
+    (out / "2-second" / "stage.json").unlink()
+    went_on = learn(out, tasks=other_sequence)
+    alone = learn(tmp_path / "alone", tasks=other_sequence)
+    pd.testing.assert_frame_equal(went_on.evaluations, alone.evaluations, check_exact=True)
+
+
+def test_a_task_that_is_begun_is_gone_on_with_or_left_as_it_is(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def crash(done: int, total: int, word: str) -> None:
+        if done == 9:
+            raise Stop
+
+    with pytest.raises(Stop):
+        learn(tmp_path / "out", tasks={"first": TASKS["first"]}, progress=crash)
+    before = on_disk(tmp_path / "out")
+    with pytest.raises(
+        SpectraError, match=r"1-first holds this task begun with other settings \(seed\); choose another"
+    ):
+        learn(tmp_path / "out", {"seed": 1}, tasks={"first": TASKS["first"]})
+    assert on_disk(tmp_path / "out") == before
+
+
+def test_a_folder_of_an_older_version_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    out, one = tmp_path / "out", {"first": TASKS["first"]}
+    learn(out, {"optimiser": {"steps": 1}}, tasks=one)
+    for file, key in ((out / "1-first" / "stage.json", "body_sha256"), (out / "continual.json", "base_sha256")):
+        values = json.loads(file.read_text())
+        del values[key]
+        file.write_text(json.dumps(values))
+        with pytest.raises(SpectraError, match="of an older version of spectra, which did not keep with which"):
+            learn(out, {"optimiser": {"steps": 1}}, tasks=one)
+
+
+def write_base(folder: Path) -> str:
+    """A small model for masked tokens, with its tokenizer."""
+    from tests.training.test_files import SMALL, save_tokenizer, transformers
+
+    torch.manual_seed(0)
+    transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def test_examples_that_changed_since_are_refused(tmp_path: Path) -> None:
+    """Those of a finished task, of what is retained, and of a run whose stage is not finished."""
+    from tests.training.test_files import write_rows
+
+    def labelled(name: str, letter: str) -> str:
+        return write_rows(tmp_path / name, 20, label=lambda text: "yes" if letter in text else "no")
+
+    settings = {
+        "model": {"source": write_base(tmp_path / "base")},
+        "retain": {"test": write_rows(tmp_path / "old.jsonl", 8)},
+        "method": {"name": "slice", "rank": 2, "position": 0.5},
+        "optimiser": {"steps": 1, "batch_size": 8},
+    }
+    tasks = {
+        "cats": {"data": {"train": labelled("a.jsonl", "c")}},
+        "dogs": {"data": {"train": labelled("b.jsonl", "d")}},
+    }
+    out = tmp_path / "out"
+    first = continual(settings, {"cats": tasks["cats"]}, out=out)
+    before = on_disk(out)
+    begun_with = "holds other examples than those that .*1-cats was"
+    for file, words in (("a.jsonl", f"data.train {begun_with}"), ("old.jsonl", f"retain.test {begun_with}")):
+        kept = (tmp_path / file).read_bytes()
+        (tmp_path / file).write_bytes(b"\n".join(reversed(kept.splitlines())) + b"\n")
+        with pytest.raises(SpectraError, match=words):
+            continual(settings, tasks, out=out)
+        (tmp_path / file).write_bytes(kept)
+    assert on_disk(out) == before
+    both = continual(settings, tasks, out=out)
+    pd.testing.assert_frame_equal(both.evaluations.head(len(first.evaluations)), first.evaluations, check_exact=True)
+    # Killed after the end of the second run, and before its stage's.
+    (out / "2-dogs" / "stage.json").unlink()
+    again = continual(settings, tasks, out=out)
+    pd.testing.assert_frame_equal(again.evaluations, both.evaluations, check_exact=True)
+    (out / "2-dogs" / "stage.json").unlink()
+    labelled("b.jsonl", "e")
+    with pytest.raises(SpectraError, match=r"data\.train holds other examples than those that .*2-dogs/run was"):
+        continual(settings, tasks, out=out)
+    stage = out / "1-cats" / "stage.json"
+    values = json.loads(stage.read_text())
+    del values["data_sha256"]
+    stage.write_text(json.dumps(values))
+    with pytest.raises(SpectraError, match=r"1-cats is of an older version .* whether data\.train and retain\.test"):
+        continual(settings, tasks, out=out)
 
 
 def test_full_fine_tuning_hands_on_its_weights_and_leaves_the_old_head(tmp_path: Path) -> None:
@@ -225,3 +338,14 @@ def test_pictures_are_drawn_from_the_saved_tables(sequence: tuple[Path, Continua
     assert first.get_text() == "1: first"
     with pytest.raises(SpectraError, match="left_overlap"):
         result.plot.drift("left_overlp")
+
+
+def test_another_folder_among_the_settings_is_refused(tmp_path: Path) -> None:
+    from spectra_cli.app import app
+    from typer.testing import CliRunner
+
+    (tmp_path / "tasks.toml").write_text("[tasks.one]\nseed = 1\n")
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["continual", str(tmp_path / "tasks.toml"), "--out", str(out), "--set", "out=x"])
+    assert isinstance(done.exception, SpectraError), done.output
+    assert "every task has a folder in --out; leave it out" in str(done.exception)

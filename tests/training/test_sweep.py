@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -32,7 +33,7 @@ from spectra.training.settings import MethodSettings
 from spectra.training.sweep_grid import plan
 from spectra.training.sweep_matching import matched_rates, start_sizes
 from spectra.training.sweep_result import COLUMNS, table_of
-from tests.training.small import make_base, new_task, old_task
+from tests.training.small import make_base, new_task, old_task, run_small
 
 SETTINGS: dict[str, Any] = {
     "method": {"rank": 4},
@@ -254,6 +255,103 @@ def test_a_base_that_changed_in_its_place_is_refused(tmp_path: Path, monkeypatch
         again(0.0, 1.0)
 
 
+def test_examples_that_changed_since_are_refused(tmp_path: Path) -> None:
+    """One table holds runs on the same examples, which watched the same tasks of the base's own."""
+    from tests.training.test_continual import write_base
+    from tests.training.test_files import write_rows
+
+    file, out = tmp_path / "new.jsonl", tmp_path / "sweep"
+    settings = {
+        "model": {"source": write_base(tmp_path / "base")},
+        "data": {"train": write_rows(file, 20, label=lambda text: "yes" if "c" in text else "no")},
+        "method": {"rank": 2},
+        "optimiser": {"steps": 1, "batch_size": 8},
+    }
+
+    def again(*positions: float, **options: Any) -> Sweep:
+        return sweep(settings, {"positions": positions, "learning_rates": [1e-3]}, out=out, workers=0, **options)
+
+    one = again(0.0)
+    before, rows = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}, file.read_text()
+    file.write_text("".join(reversed(rows.splitlines(keepends=True))))
+    with pytest.raises(SpectraError, match=r"data\.train holds other examples than those that .*slice-0\.0_lr-0\.001"):
+        again(0.0, 1.0)
+    file.write_text(rows)
+    with pytest.raises(SpectraError, match="seed-0 was made with none, and now 'own' is given; retain the same"):
+        again(0.0, 1.0, retain={"own": old_task})
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    both = again(0.0, 1.0)
+    pd.testing.assert_frame_equal(both.runs.head(1), one.runs, check_exact=True)
+    summary = next(out.glob("runs/slice-1*/summary.json"))
+    values = json.loads(summary.read_text())
+    del values["data_sha256"]
+    summary.write_text(json.dumps(values))
+    with pytest.raises(SpectraError, match=r"slice-1.* is of an older version .* tells whether data\.train held"):
+        again(0.0)
+    summary.unlink()
+    with pytest.raises(SpectraError, match=r"is missing; remove .*, and its run is run again"):
+        again(0.0)
+
+
+def test_a_folder_of_an_older_version_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    out, grid = tmp_path / "sweep", {"positions": [0.0], "methods": []}
+    swept(out, grid)
+    values = json.loads((out / "sweep.json").read_text())
+    del values["base_sha256"]
+    (out / "sweep.json").write_text(json.dumps(values))
+    with pytest.raises(SpectraError, match="holds a sweep of an older version of spectra"):
+        swept(out, grid)
+
+
+def test_what_a_function_made_needs_no_fingerprint(tmp_path: Path) -> None:
+    """And is not made once more only to ask for one."""
+    made: list[str] = []
+
+    def task(base: nn.Module) -> Any:
+        made.append("task")
+        return new_task(base)
+
+    out, grid = tmp_path / "sweep", {"positions": [0.0], "methods": []}
+    swept(out, grid, task=task)
+    made.clear()
+    swept(out, grid, task=task)
+    assert not made
+
+
+def test_force_is_advised_only_where_it_will_do(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    for force in (False, True):
+        with pytest.raises(SpectraError, match=r"holds 'adapter', which no run .*; move it away, or choose") as refused:
+            run_small(tmp_path, force=force)
+        assert "--force" not in str(refused.value)
+    (tmp_path / "adapter").rename(tmp_path / "thesis")
+    with pytest.raises(SpectraError, match="or --force to use it"):
+        run_small(tmp_path)
+    run_small(tmp_path, force=True)
+
+
+def test_killed_while_another_run_is_taken_away_the_folder_stays_that_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import spectra.training.place as place
+
+    class Killed(BaseException):
+        pass
+
+    def die(path: Path, **options: Any) -> None:
+        raise Killed
+
+    run_small(tmp_path, {"optimiser": {"steps": 2}})
+    with monkeypatch.context() as patched:
+        patched.setattr(place.shutil, "rmtree", die)
+        with pytest.raises(Killed):
+            run_small(tmp_path, {"optimiser": {"steps": 3}}, force=True)
+    assert (tmp_path / "adapter").exists() and not (tmp_path / "summary.json").exists()
+    with pytest.raises(SpectraError, match=r"other settings \(optimiser\.steps\); .* or give --force to replace it"):
+        run_small(tmp_path, {"optimiser": {"steps": 3}})
+    assert run_small(tmp_path, {"optimiser": {"steps": 3}}, force=True).summary["steps"] == 3
+
+
 def test_runs_of_another_grid_in_the_folder_stay_in_the_table(tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     wide = swept(out, {"positions": [0.0, 1.0], "methods": []})
@@ -412,6 +510,35 @@ def test_a_file_holds_settings_and_grid(tmp_path: Path) -> None:
     file.write_text("[sweep]\npositions = [0]\nsteps = 3\n")
     with pytest.raises(SpectraError, match=r"sweep\.steps"):
         read_sweep_file(file)
+
+
+def test_a_picture_says_which_slices_it_leaves_out() -> None:
+    def row(position: float, matched: float | None) -> dict[str, Any]:
+        place = {"run": f"{position}-{matched}", "method": "slice", "position": position, "matched_position": matched}
+        numbers = {"learning_rate": 1e-2, "seed": 0, "status": "finished", "score": position, "forgetting": position}
+        return {**place, **numbers, "metric": "accuracy"}
+
+    plain, matched = ([row(position, which) for position in (0.0, 1.0)] for which in (None, 0.5))
+
+    def legend(rows: list[dict[str, Any]], rates: Any = None) -> list[str]:
+        found = Sweep(table_of(rows)).plot.tradeoff(rates)[0].get_legend()
+        assert found is not None
+        return [text.get_text() for text in found.get_texts()]
+
+    assert legend([*plain, *matched]) == ["slices", "plain slices: not shown"]
+    assert legend([*plain, *matched], "fixed") == legend(plain) == legend(matched) == ["slices"]
+
+
+@pytest.mark.parametrize("given", ["out=x", "seed=3", "method.position=0.5", "optimiser.learning_rate=1e-3"])
+def test_settings_that_a_sweep_decides_itself_are_refused(tmp_path: Path, given: str) -> None:
+    from spectra_cli.app import app
+    from typer.testing import CliRunner
+
+    command = ["sweep", "--positions", "0", "--learning-rates", "1e-2", "--out", str(tmp_path / "out"), "--set", given]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, SpectraError), done.output
+    assert f"--set {given.partition('=')[0]} would change no run" in str(done.exception)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_table_has_the_same_types_whatever_is_missing() -> None:
