@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from spectra.errors import SpectraError
+
 from .options import AsJson, Base, Cache, Exclude, Include, Quiet, Transposed, Workers
 from .output import PICTURES, check_writable
 from .progress import progress_bar
@@ -62,7 +64,8 @@ def intruders(
     """Find intruder dimensions: leading directions of the tuned weights that resemble none of the base's.
 
     As published (arXiv 2410.21228) for k = 10, epsilon = 0.5 and left vectors. An intruder marked "spread" is no new
-    direction: it lies in the span of base directions of nearly equal singular values.
+    direction: it lies in the span of base directions of nearly equal singular values. Ends with status 1 where a matrix
+    could not be searched.
 
     Examples:
 
@@ -79,6 +82,9 @@ def intruders(
             base, tuned, k=k, epsilon=epsilon, side=side.value, include=include or (), exclude=exclude or (),
             transposed=transposed or None, device=device, fast=fast, workers=workers, cache=cache, progress=progress,
         )  # fmt: skip
+    failed = result.matrices[result.matrices["status"] == "failed"]
+    if len(failed) and len(failed) == len(result.matrices):
+        raise SpectraError(f"no matrix could be searched, and nothing was written; {failed['note'].iloc[0]}")
     if out is not None:
         result.save(out)
         draw(result, out / PICTURES)
@@ -87,6 +93,13 @@ def intruders(
         sys.stdout.write("\n")
     elif not quiet:
         show(result, top)
+    if len(failed):
+        from spectra.report.wording import matrices, printable
+
+        sys.stdout.flush()
+        first = printable(str(failed["note"].iloc[0]))
+        typer.echo(f"spectra: {matrices(len(failed))} could not be searched: {first}", err=True)
+        raise typer.Exit(1)
 
 
 def show(result: Intrusion, top: int) -> None:

@@ -43,10 +43,11 @@ def overlap(
     """Hold the updates of tuned models against each other and the base: will these merge well?
 
     For each pair: the overlap phi of the leading output and input directions of the updates (1 = the same subspace),
-    their smallest and largest principal angles, the cosine of the updates, and the share of entries that they move the
-    same way; each with what random updates would show. Updates near those do not touch, and a merge keeps both; where
-    they share directions a merge adds up (positive cosine) or cancels (negative). Matrices that moved as a retrained
-    layer does are left out, by name.
+    their smallest and largest principal angles, the cosine of the updates, and the share of the entries that both moved
+    which they move the same way; each with what random updates would show. Updates near those do not touch, and a merge
+    keeps both; where they share directions a merge adds up (positive cosine) or cancels (negative). The numbers are of
+    whole updates. Where some matrices moved much further than the rest, as a retrained layer does, those without them
+    are shown beside, and no verdict is given where they tell another thing; --exclude takes matrices out altogether.
 
     Examples:
 
@@ -74,7 +75,7 @@ def overlap(
 
 
 def show(result: Overlap) -> None:
-    """Print two lines per pair, what failed, what that says, and the notes."""
+    """Print two lines per pair, two more without what stands apart, what failed, what that says, and the notes."""
     console = Console(width=None if sys.stdout.isatty() else 200)
     if len(result.pairs()):
         console.print(_table(result))
@@ -89,7 +90,12 @@ def show(result: Overlap) -> None:
 
 def as_plain(result: Overlap) -> dict[str, Any]:
     """The tables and notes as JSON knows them."""
-    tables = {"pairs": result.pairs(), "matrices": result.matrices}
+    without = result.pairs(outliers=False)
+    tables = {
+        "pairs": result.pairs(),
+        "pairs_without_outliers": without[without["left_out"] > 0],
+        "matrices": result.matrices,
+    }
     rows = {name: json.loads(table.to_json(orient="records", double_precision=15)) for name, table in tables.items()}
     findings = [
         {"tuned": each.tuned, "text": each.text, "numbers": each.numbers, "matrices": each.matrices}
@@ -108,7 +114,7 @@ def draw(result: Overlap, folder: Path) -> None:
 
 
 def _table(result: Overlap) -> Table:
-    """A line per pair; in brackets what random updates would show."""
+    """A line per pair, and one without what stands apart; in brackets what random updates would show."""
     from spectra.report.wording import number
 
     return _lines(
@@ -157,7 +163,12 @@ def _lines(result: Overlap, columns: Mapping[str, Callable[[Any], str]]) -> Tabl
         table.add_column(name)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
+    without = {(row["first"], row["second"]): row for _, row in result.pairs(outliers=False).iterrows()}
     for _, row in result.pairs().iterrows():
         names = (Text(printable(row[at])) for at in ("first", "second"))
         table.add_row(*names, *(write(row) for write in columns.values()))
+        rest = without.get((row["first"], row["second"]))
+        if rest is not None and rest["left_out"]:
+            words = f"  without {rest['left_out']} that {'stands' if rest['left_out'] == 1 else 'stand'} apart"
+            table.add_row(words, "", *(write(rest) for write in columns.values()))
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,8 +19,10 @@ from spectra.linalg.lowrank import LowRank
 from spectra.loading import BaseMatrix, Group
 from spectra.measures.familiarity import Familiarity, Side, familiarity
 from spectra.measures.intruders import CLUSTER_GAP
-from spectra.measures.tuned import NOT_CONVERGED, SPOILED, tuned_triplets
+from spectra.measures.tuned import FALLBACKS, tuned_triplets
 from spectra.pairing import Pair
+from spectra.report import wording
+from spectra.report.intruder_tables import deepest, intruder_counts, tables
 from spectra.tables_on_disk import Kind, load_tables, save_tables
 
 if TYPE_CHECKING:
@@ -34,14 +36,6 @@ Source = Any  # a path, a hub id, a state dict, an nn.Module, or an open Checkpo
 KIND = Kind("intruders", "intruders", "intruders.json", "intruders_")
 TABLES = ("triplets", "matrices", "unmatched")
 SIDES: dict[str, tuple[Side, ...]] = {"left": ("left",), "right": ("right",), "both": ("left", "right")}
-TRIPLETS = (
-    "tuned", "name", "side", "index", "tuned_singular_value", "best_cosine", "partner", "cluster_cosine",
-    "cluster_members", "cosine_null",
-)  # fmt: skip
-MATRICES = (
-    "tuned", "name", "role", "layer", "rows", "columns", "status", "note", "left_intruders", "right_intruders",
-    "base_algorithm", "tuned_algorithm", "tuned_residual",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,8 +65,8 @@ class Intrusion:
 
     @property
     def reach(self) -> int:
-        """k, or the most leading triplets that any matrix has where that is less."""
-        return min(self.k, int(self.triplets["index"].max()) + 1) if len(self.triplets) else self.k
+        """k, or the most leading triplets that any matrix has where that is less: the short side of the largest."""
+        return deepest(self.matrices, self.k)
 
     @property
     def epsilon(self) -> float:
@@ -100,26 +94,15 @@ class Intrusion:
         Returns: columns tuned, side, k, epsilon, `intruders` (in all matrices together) and `matrices_with_intruders`.
         Raises: SpectraError for a k beyond what was looked at, and thresholds outside [0, 1].
         """
-        import pandas as pd
-
         epsilons = [self.epsilon] if epsilons is None else list(epsilons)
         ks = [self.k] if ks is None else list(ks)
         if any(not isinstance(k, Integral) or not 1 <= k <= self.k for k in ks):
             raise SpectraError(
                 f"k is a whole number between 1 and {self.k}, how many were looked at; find them with more"
             )
-        if any(not 0 <= epsilon <= 1 for epsilon in epsilons):
-            raise SpectraError("a threshold on cosines lies between 0 and 1")
-        rows = []
-        for tuned in dict.fromkeys(self.matrices["tuned"]):
-            for side in self.sides:
-                of_side = self.triplets[(self.triplets["tuned"] == tuned) & (self.triplets["side"] == side)]
-                for k in ks:
-                    for epsilon in epsilons:
-                        found = of_side[(of_side["index"] < k) & (of_side["best_cosine"] < epsilon)]
-                        rows.append((tuned, side, k, epsilon, len(found), found["name"].nunique()))
-        columns = ["tuned", "side", "k", "epsilon", "intruders", "matrices_with_intruders"]
-        return pd.DataFrame(rows, columns=columns)
+        if not all(_is_share(epsilon) for epsilon in epsilons):
+            raise SpectraError("a threshold on cosines is a number between 0 and 1")
+        return intruder_counts(self.triplets, list(dict.fromkeys(self.matrices["tuned"])), self.sides, epsilons, ks)
 
     def __repr__(self) -> str:
         words = [f"{row.intruders} of {row.tuned} ({row.side})" for row in self.counts().itertuples()]
@@ -178,7 +161,8 @@ def find_intruders(
         fast: iterate the leading triplets alone (see `tuned_triplets`).
     Returns: an `Intrusion`. A matrix that cannot be read has status "failed" and the reason; one that is the base's to
         the last bit has status "unchanged" and no triplets; one that is all zero, before or after, has no directions,
-        and its counts are missing. The notes of the provenance say how many needed a full SVD of W'.
+        and its counts are missing. The notes of the provenance say how many needed a full SVD of W', and how many
+        leading triplets are zero to rounding and so have no direction.
     Raises: SpectraError for input that cannot be read or matched.
 
     >>> base = {"fc.weight": torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))}
@@ -188,8 +172,11 @@ def find_intruders(
     """
     if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
         raise SpectraError(f"k must be a whole number of directions, at least 1, not {k!r}")
-    if not 0 <= epsilon <= 1 or not 0 <= cluster_gap < 1:
-        raise SpectraError("epsilon must be between 0 and 1, and cluster_gap from 0 to below 1")
+    if not _is_share(epsilon) or not _is_share(cluster_gap) or cluster_gap == 1:
+        raise SpectraError(
+            f"epsilon must be a number between 0 and 1, and cluster_gap one from 0 to below 1, not {epsilon!r} and "
+            f"{cluster_gap!r}"
+        )
     if side not in SIDES:
         raise SpectraError(f"{side!r} is no side; give left, right or both")
     if dtype not in (None, torch.float32, torch.float64):
@@ -201,7 +188,7 @@ def find_intruders(
     options = {"k": k, "epsilon": epsilon, "side": side, "cluster_gap": cluster_gap, "fast": fast,
                "include": list(include), "exclude": list(exclude)}  # fmt: skip
     provenance = pairs.provenance(options, where)
-    provenance["notes"] += _full_decompositions(found)
+    provenance["notes"] += [*_full_decompositions(found), *_without_direction(found)]
     unmatched = [
         (label, item.name, item.side, item.reason)
         for label, pairing in pairs.pairings.items()
@@ -220,6 +207,7 @@ class _Finding:
     note: str
     sides: Mapping[Side, Familiarity] = field(default_factory=dict)
     solvers: tuple[str, str, float] = ("", "", float("nan"))
+    zeros: int = 0  # how many of the leading triplets are zero to rounding
 
 
 @dataclass(frozen=True)
@@ -254,10 +242,14 @@ class _Search:
                 note = f"the {' and the '.join(zero)} weight is all zero and has no directions"
                 return _Finding(label, pair, "compared", "; ".join(filter(None, (pair.note, note))))
             sides = {side: familiarity(spectrum, triplets, self.k, side, self.gap) for side in self.sides}
+            shown = min(self.k, *spectrum.shape)
+            zeros = shown - len(sides[self.sides[0]].best_cosine)
         except CAN_FAIL as error:
             return _failed(error, label, pair)
         solvers = spectrum.algorithm, triplets.algorithm, triplets.residual
-        return _Finding(label, pair, "compared", pair.note, sides, solvers)
+        note = _zero(zeros, f"{zeros} of {wording.counted(shown, 'leading triplet')}") if zeros else ""
+        note = "; ".join(filter(None, (pair.note, note)))
+        return _Finding(label, pair, "compared", note, sides, solvers, zeros)
 
 
 def _failed(error: BaseException, label: str, pair: Pair, side: str | None = None) -> _Finding:
@@ -267,12 +259,29 @@ def _failed(error: BaseException, label: str, pair: Pair, side: str | None = Non
 def _full_decompositions(found: Sequence[_Finding]) -> list[str]:
     """Of how many matrices the full SVD was taken, by the reason for it."""
     notes = []
-    for why in (NOT_CONVERGED, SPOILED):
-        count = sum(one.solvers[1].endswith(why) for one in found)
+    for ending, why in FALLBACKS.items():
+        count = sum(one.solvers[1].endswith(ending) for one in found)
         if count:
-            of_which = "1 matrix" if count == 1 else f"{count} matrices"
-            notes.append(f"the leading directions of {of_which} are from a full SVD of W', {why}")
+            of_which = wording.matrices(count)
+            notes.append(f"the leading directions of {of_which} are from a full SVD of W', since {why}")
     return notes
+
+
+def _without_direction(found: Sequence[_Finding]) -> list[str]:
+    """How many leading triplets are zero to rounding, in how many matrices."""
+    zeros = [one.zeros for one in found if one.zeros]
+    if not zeros:
+        return []
+    return [_zero(sum(zeros), f"{wording.counted(sum(zeros), 'leading triplet')} of {wording.matrices(len(zeros))}")]
+
+
+def _zero(count: int, subject: str) -> str:
+    words = ("is", "has") if count == 1 else ("are", "have")
+    return f"{subject} {words[0]} zero to rounding and {words[1]} no direction"
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
 def _tabulated(
@@ -283,7 +292,8 @@ def _tabulated(
 ) -> Intrusion:
     import pandas as pd
 
-    triplets, matrices = [], []
+    triplets: list[tuple[Any, ...]] = []
+    matrices: list[tuple[Any, ...]] = []
     for one in found:
         matrix, counts = one.pair.matrix, {side: len(f.intruders(epsilon)) for side, f in one.sides.items()}
         zero = 0 if one.status == "unchanged" else None
@@ -297,16 +307,10 @@ def _tabulated(
                 (one.tuned, matrix.name, side, j, *values, f.null)
                 for j, values in enumerate(zip(*columns, strict=True))
             ]
-    texts = dict.fromkeys(("tuned", "name", "role", "status", "note", "base_algorithm", "tuned_algorithm"), "str")
-    integers = dict.fromkeys(("layer", "left_intruders", "right_intruders"), "Int64")
-    kinds = {"tuned": "str", "name": "str", "side": "str", "index": "int64", "partner": "int64",
-             "cluster_members": "int64"}  # fmt: skip
-    numbers = dict.fromkeys(("tuned_singular_value", "best_cosine", "cluster_cosine", "cosine_null"), "float64")
+    by_triplet, by_matrix = tables(triplets, matrices)
     return Intrusion(
-        triplets=pd.DataFrame(triplets, columns=list(TRIPLETS)).astype({**kinds, **numbers}),
-        matrices=pd.DataFrame(matrices, columns=list(MATRICES)).astype(
-            {**texts, **integers, "tuned_residual": "float64"}
-        ),
+        triplets=by_triplet,
+        matrices=by_matrix,
         unmatched=pd.DataFrame(list(unmatched), columns=["tuned", "name", "side", "reason"]).astype("str"),
         provenance=provenance,
     )

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from math import sqrt
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +20,11 @@ from spectra.jobs import CAN_FAIL, failed
 from spectra.labels import labelled
 from spectra.linalg.lowrank import LowRank
 from spectra.loading import BaseMatrix, Group
-from spectra.measures.subspaces import (
-    Leading,
-    angles_null,
-    leading,
-    overlap_null,
-    overlaps,
-    principal_angles,
-    products,
-)
+from spectra.measures.overlap_measures import Held, hold_against
+from spectra.measures.subspaces import leading
 from spectra.pairing import Pair
-from spectra.report.overlap_pairs import BASE, OF_SIDE, PAIRS, pooled_pairs
+from spectra.report.overlap_pairs import BASE, PAIRS, pooled_pairs
+from spectra.report.overlap_tables import tables
 from spectra.tables_on_disk import Kind, load_tables, save_tables
 
 if TYPE_CHECKING:
@@ -44,13 +37,6 @@ Source = Any  # a path, a hub id, a state dict, an nn.Module, or an open Checkpo
 
 KIND = Kind("overlap", "overlap", "overlap.json", "overlap_")
 TABLES = ("matrices", "grids", "unmatched")
-MEASURES = (
-    "first_rank", "second_rank", *(f"{side}_{name}" for side in ("left", "right") for name in OF_SIDE),
-    "update_cosine", "update_cosine_null", "sign_agreement", "sign_agreement_null",
-    "first_norm", "second_norm", "entries",
-)  # fmt: skip
-MATRICES = ("first", "second", "name", "role", "layer", "rows", "columns", "status", "note", *MEASURES)
-GRIDS = ("first", "second", "name", "side", "i", "j", "overlap", "overlap_null")
 
 
 @dataclass(frozen=True)
@@ -77,21 +63,21 @@ class Overlap:
         """The tuned models, in the order given."""
         return list(self.provenance["tuned"])
 
-    def pairs(self, outliers: bool = False) -> pd.DataFrame:
+    def pairs(self, outliers: bool = True) -> pd.DataFrame:
         """A row per (first, second), all matrices together.
 
         Overlaps, angles and their nulls are means over the matrices that both moved, weighted by ||D_a||_F ||D_b||_F
-        (by ||D||_F against the base), and `sign_agreement` is of all their entries. `update_cosine` is that of the
-        whole updates: a matrix that one of the two left alone counts with D = 0, so that updates of different matrices
-        have cosine 0, and no overlap (NaN). A model that nowhere moved makes no pairs.
+        (by ||D||_F against the base), and `sign_agreement` is a share of all their entries that both moved.
+        `update_cosine` is that of the whole updates: a matrix that one of the two left alone counts with D = 0, so that
+        updates of different matrices have cosine 0, and no overlap (NaN). A model that nowhere moved makes no pairs.
 
-        Args: outliers: whether matrices that moved as a retrained layer does, in either model, count; `compare` leaves
-            them out of its sums, too.
+        Args: outliers: False leaves the matrices out that moved much further than the rest of either model, as those
+            do that were trained anew. A merge holds them, and they may hold most of an update: see `apart`.
         """
         return pooled_pairs(self.matrices, self.labels, outliers)
 
-    def table(self, column: str = "left_overlap") -> pd.DataFrame:
-        """A column of `pairs()` as a symmetric matrix of the tuned models, on the diagonal a model with itself.
+    def table(self, column: str = "left_overlap", outliers: bool = True) -> pd.DataFrame:
+        """A column of `pairs(outliers)` as a symmetric matrix of the tuned models, on the diagonal a model with itself.
 
         NaN where two models make no pair, or moved no matrix both.
         """
@@ -105,13 +91,17 @@ class Overlap:
         values = pd.DataFrame(np.full((len(labels), len(labels)), np.nan), index=labels, columns=labels)
         for label in labels:
             values.loc[label, label] = itself
-        for row in self.pairs().to_dict("records"):
+        for row in self.pairs(outliers).to_dict("records"):
             if row["first"] != BASE:
                 values.loc[row["first"], row["second"]] = values.loc[row["second"], row["first"]] = row[column]
         return values
 
     def diagnosis(self) -> list[Finding]:
-        """Sentences on every pair, each with the numbers that led to it: do the updates add up, cancel, or miss?"""
+        """Sentences on every pair, each with the numbers that led to it: do the updates add up, cancel, or miss?
+
+        They are of the whole updates. Where some matrices moved much further than the rest, what the numbers are
+        without them is said beside, and no verdict is given where that would be another one.
+        """
         from spectra.report.overlap_sentences import overlap_findings
 
         return overlap_findings(self.matrices, self.labels)
@@ -172,6 +162,8 @@ def overlap(
     >>> f"{row['first']} and {row['second']}: {row['left_overlap']:.2f} left, {row['right_overlap']:.2f} right"
     'a and b: 1.00 left, 0.00 right'
     """
+    import pandas as pd
+
     j = i if j is None else j
     for count in (i, j):
         if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
@@ -195,7 +187,11 @@ def overlap(
         for label, pairing in pairs.pairings.items()
         for item in pairing.unmatched
     ]
-    return _tabulated(rows, grids, unmatched, list(sources), pairs.provenance(options, where))
+    return Overlap(
+        *tables(rows, grids, list(sources)),
+        unmatched=pd.DataFrame(unmatched, columns=["tuned", "name", "side", "reason"]).astype("str"),
+        provenance=pairs.provenance(options, where),
+    )
 
 
 @dataclass
@@ -205,12 +201,11 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A matrix whose leading directions are known."""
+class _Model:
+    """The update of a tuned model, or the base itself."""
 
     label: str
-    X: Tensor | LowRank
-    leading: Leading
+    held: Held
 
 
 @dataclass(frozen=True)
@@ -222,61 +217,36 @@ class _Work:
         found = [_Found() for _ in group.pairs]
         try:
             base = BaseMatrix(group.pairs[0][1], device)
-            of_base = _Held(BASE, base.weight, leading(base.weight, self.i))
+            of_base = _Model(BASE, Held(base.weight, leading(base.weight, self.i)))
         except CAN_FAIL as error:
             for one, (label, pair) in zip(found, group.pairs, strict=True):
                 one.rows.append(_row(BASE, label, pair, "failed", failed(error, label, pair, BASE).note))
             return found
-        held: list[_Held] = []
+        moved: list[_Model] = []
         for one, (label, pair) in zip(found, group.pairs, strict=True):
             try:
                 X = _update(base, pair)
-                of_update = None if X is None else _Held(label, X, leading(X, max(self.i, self.j)))
-                if of_update is None or of_update.leading.rank == 0:
+                update = None if X is None else Held(X, leading(X, max(self.i, self.j)))
+                if update is None or update.leading.rank == 0:
                     one.rows.append(_row(BASE, label, pair, "unchanged", pair.note) | _norms(base))
                     continue
-                held.append(of_update)
+                moved.append(_Model(label, update))
             except CAN_FAIL as error:
                 one.rows.append(_row(BASE, label, pair, "failed", failed(error, label, pair).note))
                 continue
-            self._compare(of_base, held[-1], pair, one)
+            self._compare(of_base, moved[-1], pair, one)
         places = {label: index for index, (label, _) in enumerate(group.pairs)}
-        for first, second in combinations(held, 2):
+        for first, second in combinations(moved, 2):
             at = places[second.label]
             self._compare(first, second, group.pairs[at][1], found[at])
         return found
 
-    def _compare(self, first: _Held, second: _Held, pair: Pair, into: _Found) -> None:
-        m, n = pair.matrix.rows, pair.matrix.columns
-        i, j = min(self.i, first.leading.rank), min(self.j, second.leading.rank)
-        row = _row(first.label, second.label, pair, "compared", pair.note)
-        row |= {"first_rank": i, "second_rank": j}
-        if i == 0:
-            row["note"] = "; ".join(filter(None, (pair.note, "the base weight is all zero")))
-        for side, d in (("left", m), ("right", n)) if i else ():
-            A, B = (h.leading.Y if side == "left" else h.leading.Z for h in (first, second))
-            A, B = A[:, :i], B[:, :j]
-            phi = overlaps(A, B)
-            angles, nulls = principal_angles(A, B), angles_null(d, i, j)
-            values = (phi[-1, -1], overlap_null(d, i, j), angles[0], nulls[0], angles[-1], nulls[1])
-            row |= {f"{side}_{name}": float(value) for name, value in zip(OF_SIDE, values, strict=True)}
-            into.grids += [
-                (first.label, second.label, pair.matrix.name, side, a + 1, b + 1, phi[a, b],
-                 overlap_null(d, a + 1, b + 1))
-                for a in range(i) for b in range(j)
-            ]  # fmt: skip
-        both = products(first.X, second.X)
-        scale = both.norms[0] * both.norms[1]
-        row |= {
-            "update_cosine": both.inner / scale if scale else float("nan"),
-            "update_cosine_null": 1 / sqrt(m * n),
-            "sign_agreement": both.agreeing / both.moved if both.moved else float("nan"),
-            "sign_agreement_null": 0.5,
-            "first_norm": both.norms[0],
-            "second_norm": both.norms[1],
-            "entries": m * n,
-        }
-        into.rows.append(row)
+    def _compare(self, first: _Model, second: _Model, pair: Pair, into: _Found) -> None:
+        found = hold_against(first.held, second.held, self.i, self.j)
+        no_directions = "the base weight is all zero" if first.held.leading.rank == 0 else ""
+        note = "; ".join(filter(None, (pair.note, no_directions)))
+        into.rows.append(_row(first.label, second.label, pair, "compared", note) | found.row)
+        into.grids += [(first.label, second.label, pair.matrix.name, *cell) for cell in found.cells]
 
 
 def _update(base: BaseMatrix, pair: Pair) -> Tensor | LowRank | None:
@@ -301,29 +271,3 @@ def _row(first: str, second: str, pair: Pair, status: str, note: str) -> dict[st
         "first": first, "second": second, "name": matrix.name, "role": matrix.role, "layer": matrix.layer,
         "rows": matrix.rows, "columns": matrix.columns, "status": status, "note": note,
     }  # fmt: skip
-
-
-def _tabulated(
-    rows: Sequence[Mapping[str, Any]],
-    grids: Sequence[tuple[Any, ...]],
-    unmatched: Sequence[tuple[str, ...]],
-    labels: Sequence[str],
-    provenance: Mapping[str, Any],
-) -> Overlap:
-    import pandas as pd
-
-    place = {label: at for at, label in enumerate([BASE, *labels])}
-    # By pair; the order of the matrices within a pair stays that of reading.
-    rows = sorted(rows, key=lambda row: (place[row["first"]], place[row["second"]]))
-    counts = dict.fromkeys(("layer", "first_rank", "second_rank", "entries"), "Int64")
-    texts = dict.fromkeys(("first", "second", "name", "role", "status", "note"), "str")
-    numbers = {name: "float64" for name in MEASURES if name not in counts}
-    of_grid = {"i": "int64", "j": "int64", "overlap": "float64", "overlap_null": "float64"}
-    return Overlap(
-        matrices=pd.DataFrame(rows, columns=list(MATRICES)).astype({**texts, **counts, **numbers}),
-        grids=pd.DataFrame(list(grids), columns=list(GRIDS)).astype(
-            {**dict.fromkeys(("first", "second", "name", "side"), "str"), **of_grid}
-        ),
-        unmatched=pd.DataFrame(list(unmatched), columns=["tuned", "name", "side", "reason"]).astype("str"),
-        provenance=provenance,
-    )

@@ -15,8 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from spectra_cli.app import app
 from spectra_cli.intruders import draw, show
 from torch import Tensor
+from typer.testing import CliRunner, Result
 
 import spectra
 from spectra.errors import SpectraError
@@ -215,7 +217,8 @@ def test_pictures_show_the_counts(example: Intrusion) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"k": 0}, "k must be"), ({"k": 2.5}, "not 2.5"), ({"epsilon": 2}, "epsilon"),
+    [({"k": 0}, "k must be"), ({"k": 2.5}, "not 2.5"), ({"epsilon": 2}, "epsilon"), ({"epsilon": "a"}, "not 'a'"),
+     ({"epsilon": float("nan")}, "epsilon"), ({"cluster_gap": None}, "cluster_gap"),
      ({"side": "up"}, "no side"), ({"workers": 0}, "workers"),
      ({"dtype": torch.float16}, "torch.float32")],
 )  # fmt: skip
@@ -229,6 +232,8 @@ def test_counts_beyond_what_was_looked_at_are_refused(example: Intrusion, tmp_pa
         example.counts(ks=[7])
     with pytest.raises(SpectraError, match="between 0 and 1"):
         example.counts(epsilons=[-0.1])
+    with pytest.raises(SpectraError, match="between 0 and 1"):
+        example.counts(epsilons=["a"])  # type: ignore[list-item]
     with pytest.raises(SpectraError, match="holds no saved intruders"):
         Intrusion.load(tmp_path)
 
@@ -265,7 +270,7 @@ def test_what_does_not_converge_is_solved_directly_and_says_so(
     np.testing.assert_allclose(result.triplets["tuned_singular_value"], expected, rtol=1e-9)
     show(result, top=1)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "directions of 1 matrix are from a full SVD of W', for its leading triplets did not converge" in printed
+    assert "directions of 1 matrix are from a full SVD of W', since their own solver did not converge" in printed
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -310,8 +315,11 @@ def test_what_squaring_would_spoil_is_solved_directly_and_says_so() -> None:
     U, V = orthonormal(generator, 300, 5), orthonormal(generator, 200, 5)
     W, tuned = ({"a.weight": torch.from_numpy((U * [1, 0.5, s, s / 2, s / 4]) @ V.T).float()} for s in (1e-2, 1e-5))
     result = find_intruders(W, tuned, k=5)
-    assert "of all of W', for squaring would spoil" in result.matrices["tuned_algorithm"][0]
-    assert any("a full SVD of W', for squaring would spoil" in note for note in result.provenance["notes"])
+    (algorithm,) = result.matrices["tuned_algorithm"]
+    assert algorithm == "gram64 of all of W', its tail solved again without squaring"
+    twice = ({"a.weight": X["a.weight"], "b.weight": X["a.weight"].clone()} for X in (W, tuned))
+    note = find_intruders(*twice, k=5).provenance["notes"][-1]
+    assert note == "the leading directions of 2 matrices are from a full SVD of W', since squaring would spoil them"
     assert not any("full SVD" in note for note in find_intruders(W, tuned, k=2).provenance["notes"])
 
 
@@ -381,3 +389,87 @@ def test_a_comparison_counts_those_that_only_spread(shape: tuple[int, int]) -> N
     assert planted.found("left").intruders["spread"].sum() == 1
     same = spectra.compare(base, {"a.weight": base["a.weight"].clone()}).layers
     assert same["spread_intruders"].tolist() == [0]
+
+
+def steep(values: Array, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A base, and a tuned weight of these singular values and of unrelated vectors."""
+    generator = np.random.default_rng(7)
+    d = len(values)
+    W, tuned = (
+        (orthonormal(generator, d, d) * s) @ orthonormal(generator, d, d).T for s in (np.linspace(1, 0.1, d), values)
+    )
+    return {"a.weight": torch.from_numpy(W).to(dtype)}, {"a.weight": torch.from_numpy(tuned).to(dtype)}
+
+
+def test_what_is_zero_to_rounding_follows_the_digits_of_the_weights() -> None:
+    """Singular values 1, 0.1, ... 1e-9: all of them are known in float64, and the last three no more in float32."""
+    values = 10.0 ** -np.minimum(np.arange(60.0), 9)
+    base, tuned = steep(values)
+    expected = best_matches(base["a.weight"].numpy(), tuned["a.weight"].numpy())
+    wide = find_intruders(base, tuned)
+    assert wide.triplets["index"].tolist() == list(range(10)) and not wide.provenance["notes"]
+    np.testing.assert_allclose(
+        wide.triplets["best_cosine"][:9], [match.best_cosine for match in expected][:9], atol=1e-5
+    )
+    assert len(wide.intruders) == sum(match.best_cosine < 0.5 for match in expected) == 10
+    narrow = find_intruders(*steep(values, torch.float32))
+    assert narrow.triplets["index"].tolist() == list(range(7))
+    assert narrow.matrices["note"].tolist() == ["3 of 10 leading triplets are zero to rounding and have no direction"]
+    assert narrow.provenance["notes"][-1] == (
+        "3 leading triplets of 1 matrix are zero to rounding and have no direction"
+    )
+
+
+@pytest.mark.parametrize("size", [60, 300])  # solved in stacks, and alone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_comparison_knows_the_same_directions(size: int, dtype: torch.dtype) -> None:
+    pair = steep(10.0 ** -np.minimum(np.arange(float(size)), 9), dtype)
+    (count,) = find_intruders(*pair).matrices["left_intruders"]
+    assert spectra.compare(*pair).layers["intruders"].tolist() == [count]
+
+
+def test_reach_is_of_the_matrices_and_not_of_what_was_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """60 x 60, of which three of ten directions are rounding: not "at most 7 of a matrix"."""
+    result = find_intruders(*steep(10.0 ** -np.minimum(np.arange(60.0), 9), torch.float32))
+    assert result.reach == 10 and result.plot.k().lines[0].get_xdata().tolist() == list(range(1, 11))
+    show(result, top=1)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "among the top 10 left directions" in printed and "at most" not in printed
+    assert "3 leading triplets of 1 matrix are zero to rounding" in printed
+
+
+def test_an_adapter_keeps_what_its_float64_solver_knows(tmp_path: Path) -> None:
+    """A base of rank 2 and a new direction of 1e-9 s_0; what is exactly zero has no direction."""
+    generator = np.random.default_rng(8)
+    U, V = (torch.from_numpy(orthonormal(generator, d, 4)) for d in (40, 30))
+    W = (U[:, :2] * torch.tensor([1.0, 0.5]).double()) @ V[:, :2].T
+    folder = adapter(tmp_path / "adapter", V[:, 2:3].T.contiguous(), (1e-9 * U[:, 2:3]).contiguous())
+    for fast, count in ((False, 3), (True, 2)):
+        result = find_intruders({"fc.weight": W}, folder, k=5, fast=fast)
+        assert len(result.triplets) == count, fast
+        assert result.matrices["note"].str.contains(f"{5 - count} of 5 leading triplets").all()
+
+
+def commanded(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["intruders", *(str(argument) for argument in arguments)])
+
+
+def test_the_command_ends_with_what_failed(tmp_path: Path) -> None:
+    sound = {name: torch.randn(6, 6) for name in ("a.weight", "b.weight")}
+    broken = {name: torch.full((6, 6), torch.nan) for name in sound}
+    states = {
+        "base": sound,
+        "tuned": {name: W + 1 for name, W in sound.items()},
+        "some": sound | {"a.weight": broken["a.weight"]},
+        "all": broken,
+    }
+    for name, state in states.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    base, tuned, some, every = (tmp_path / f"{name}.safetensors" for name in states)
+    assert commanded(base, tuned).exit_code == 0
+    part = commanded(base, some, "--out", tmp_path / "part", "--json")
+    assert part.exit_code == 1 and "1 matrix could not be searched: 'a.weight'" in part.stderr
+    assert json.loads(part.stdout)["matrices"][0]["status"] == "failed"
+    assert len(Intrusion.load(tmp_path / "part").matrices) == 2
+    with pytest.raises(SpectraError, match=r"no matrix could be searched.*NaN"):
+        CliRunner().invoke(app, ["intruders", str(base), str(every)], catch_exceptions=False)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from spectra_cli.overlap import show
+from spectra_cli.overlap import as_plain, show
 from torch import Tensor
 
 import spectra
@@ -210,24 +210,111 @@ def test_angles_stand_beside_their_nulls_in_the_tables(result: Overlap) -> None:
     assert result.plot.heatmap("left_largest_angle").images[0].get_clim() == (0, pytest.approx(np.pi / 2))
 
 
-def test_a_retrained_matrix_is_left_out_by_name_as_compare_does() -> None:
-    """Four matrices moved a little in unlike ways; the pooler was drawn anew, to the same weights in both models."""
+def with_a_new_pooler() -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Four matrices that moved a little in unlike ways; the pooler was drawn anew, to the same weights in a and b, and
+    stayed in c."""
     generator = torch.Generator().manual_seed(5)
     base = {f"h.{at}.weight": torch.randn(30, 30, generator=generator) for at in range(4)}
+    pooler = {"pooler.weight": torch.randn(30, 30, generator=generator)}
     head = {"pooler.weight": 5 * torch.randn(30, 30, generator=generator)}
     tuned = {
-        label: {name: W + 0.1 * torch.randn(30, 30, generator=generator) for name, W in base.items()} | head
-        for label in "ab"
+        label: {name: W + 0.1 * torch.randn(30, 30, generator=generator) for name, W in base.items()} | last
+        for label, last in (("a", head), ("b", head), ("c", pooler), ("d", pooler))
     }
-    base["pooler.weight"] = torch.randn(30, 30, generator=generator)
-    result = overlap(base, tuned, i=3)
-    pair, everything = result.pairs().iloc[-1], result.pairs(outliers=True).iloc[-1]
-    assert pair[["matrices", "left_out"]].tolist() == [4, 1]
-    assert everything[["matrices", "left_out"]].tolist() == [5, 0]
-    assert abs(pair["update_cosine"]) < 0.1 and everything["update_cosine"] > 0.9
-    assert [each.matrices for each in result.diagnosis() if "left out" in str(each)] == [["pooler.weight"]] * 2
-    apart = spectra.compare(base, tuned).diagnosis()
+    return base | pooler, tuned
+
+
+def test_whole_updates_count_and_what_stands_apart_is_named_as_compare_does() -> None:
+    base, tuned = with_a_new_pooler()
+    result = overlap(base, {label: tuned[label] for label in "ab"}, i=3)
+    pair, rest = result.pairs().iloc[-1], result.pairs(outliers=False).iloc[-1]
+    whole = [torch.cat([(tuned[label][name] - base[name]).double().flatten() for name in base]) for label in "ab"]
+    expected = float(whole[0] @ whole[1] / whole[0].norm() / whole[1].norm())
+    assert pair["update_cosine"] == pytest.approx(expected, abs=1e-6) and expected > 0.9
+    assert abs(rest["update_cosine"]) < 0.1
+    assert pair[["matrices", "apart", "left_out"]].tolist() == [5, 1, 0]
+    assert rest[["matrices", "apart", "left_out"]].tolist() == [4, 1, 1]
+    assert result.table("update_cosine").loc["a", "b"] == pair["update_cosine"]
+    assert result.table("update_cosine", outliers=False).loc["a", "b"] == rest["update_cosine"]
+    said = result.diagnosis()
+    named = [each for each in said if "newly initialised" in str(each)]
+    assert [each.matrices for each in named] == [["pooler.weight"]] * 2
+    assert "no verdict is given" in str(said[-1]) and "merging" not in str(said[-1])
+    apart = spectra.compare(base, {label: tuned[label] for label in "ab"}).diagnosis()
     assert ["pooler.weight"] in [each.matrices for each in apart]
+    for finding in said:
+        for value in finding.numbers.values():
+            words = (str(value), *(number(value, digits) for digits in (1, 2, 3)), percent(value))  # type: ignore[arg-type]
+            assert any(word in finding.text for word in words), (value, finding.text)
+
+
+def test_only_pairs_with_a_model_in_which_a_matrix_stands_apart_can_leave_it_out() -> None:
+    base, tuned = with_a_new_pooler()
+    result = overlap(base, {label: tuned[label] for label in "acd"}, i=3)
+    without = result.pairs(outliers=False).set_index(["first", "second"])["left_out"]
+    assert without.to_dict() == {
+        ("base", "a"): 1, ("base", "c"): 0, ("base", "d"): 0, ("a", "c"): 1, ("a", "d"): 1, ("c", "d"): 0,
+    }  # fmt: skip
+    by_pair = {each.tuned: str(each) for each in result.diagnosis()}
+    assert "Without 1 matrix that stands apart" in by_pair["a, c"]
+    assert "stands apart" not in by_pair["c, d"] and "all pairs" not in " ".join(by_pair.values())
+
+
+def opposed_in_what_moved_most(strength: float, rest: float) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    generator = torch.Generator().manual_seed(6)
+    base = {name: torch.randn(40, 40, generator=generator) for name in ("a.weight", "b.weight")}
+    D = torch.randn(40, 40, generator=generator)
+    tuned = {
+        label: {"a.weight": base["a.weight"] + rest * D, "b.weight": base["b.weight"] + sign * strength * D}
+        for label, sign in (("x", 1), ("y", -1))
+    }
+    return base, tuned
+
+
+def test_no_verdict_leaves_out_most_of_the_updates(capsys: pytest.CaptureFixture[str]) -> None:
+    """They oppose each other in nearly all that moved, half of a matrix's norm, and agree in the rest."""
+    result = overlap(*opposed_in_what_moved_most(0.5, 0.01), i=3)
+    assert result.pairs().iloc[-1]["update_cosine"] < -0.99
+    said = str(result.diagnosis()[-1])
+    assert (
+        "have cosine -1.0" in said
+        and "Without 1 matrix that stands apart, with 100% of ||D||^2, the cosine is 1.0" in said
+    )
+    assert "no verdict is given" in said and "merging" not in said
+    assert not any("newly initialised" in str(each) for each in result.diagnosis())  # at half of its norm
+    show(result)
+    assert "without 1 that stands apart" in capsys.readouterr().out
+    plain = json.loads(json.dumps(as_plain(result)))
+    assert plain["pairs"][-1]["update_cosine"] < -0.99 < 0.99 < plain["pairs_without_outliers"][-1]["update_cosine"]
+    # Where nothing stands apart, whole updates are judged; and so where both come to the same.
+    assert "oppose each other" in str(overlap(*opposed_in_what_moved_most(0.5, 0.1), i=3).diagnosis()[-1])
+    base, tuned = opposed_in_what_moved_most(0.5, -0.01)
+    tuned["y"]["a.weight"] = 2 * base["a.weight"] - tuned["x"]["a.weight"]
+    both = str(overlap(base, tuned, i=3).diagnosis()[-1])
+    assert "stands apart" in both and "oppose each other" in both
+
+
+def test_signs_are_shared_among_the_entries_that_both_moved() -> None:
+    """Ten entries of a large matrix, alike; all of a small one, opposed: 10 of 2510 agree."""
+    generator = torch.Generator().manual_seed(7)
+    base = {
+        "a.weight": torch.randn(200, 200, generator=generator),
+        "b.weight": torch.randn(50, 50, generator=generator),
+    }
+    tuned = {label: {name: W.clone() for name, W in base.items()} for label in "xy"}
+    for label, sign in (("x", 1), ("y", -1)):
+        tuned[label]["a.weight"][0, :10] += 1
+        tuned[label]["b.weight"] += 0.02 * sign
+    result = overlap(base, tuned, i=1)
+    pair = result.pairs().iloc[-1]
+    assert pair["sign_agreement"] == pytest.approx(10 / 2510) and pair["shared_entries"] == 2510
+    assert row(result, "x", "y")["shared_entries"] == 10
+    assert "move the same way 0.40% of the 2510 entries that both moved" in str(result.diagnosis()[-1])
+    aside = {"p": {"a.weight": base["a.weight"].clone()}, "q": {"a.weight": base["a.weight"].clone()}}
+    aside["p"]["a.weight"][0] += 1
+    aside["q"]["a.weight"][1] += 1
+    none = overlap({"a.weight": base["a.weight"]}, aside, i=1)
+    assert np.isnan(none.pairs().iloc[-1]["sign_agreement"]) and "moved no entry both" in str(none.diagnosis()[-1])
 
 
 def test_a_base_of_zeros_has_no_directions_and_its_update_a_size() -> None:
@@ -239,6 +326,16 @@ def test_a_base_of_zeros_has_no_directions_and_its_update_a_size() -> None:
     assert first["second_norm"] == pytest.approx(float(tuned["a"]["fc.weight"].norm()))
     assert result.pairs()["matrices"].tolist() == [2, 2, 2]
     assert result.pairs()["left_overlap"].notna().all()
+
+
+def test_a_cosine_of_zero_is_drawn_white_and_beside_what_chance_does(result: Overlap) -> None:
+    ax = result.plot.heatmap("update_cosine")
+    (image,) = ax.images
+    low, white, high = (image.cmap(image.norm(value))[:3] for value in (-1, 0, 1))
+    assert min(white) > 0.95 and low[2] > low[0] and high[0] > high[2]
+    null = result.pairs()["update_cosine_null"].iloc[-1]
+    assert f"0 +- {number(null, 1)}" in ax.get_title(loc="left")
+    assert [text.get_color() for text in ax.texts][:3] == ["white", "black", "white"]
 
 
 def test_pictures(result: Overlap) -> None:

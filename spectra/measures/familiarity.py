@@ -13,7 +13,7 @@ import numpy as np
 
 from spectra.linalg.svd import Spectrum
 from spectra.linalg.triplets import Triplets
-from spectra.measures.intruders import CLUSTER_GAP, best_cosines, cluster_cosines, random_cosine
+from spectra.measures.intruders import CLUSTER_GAP, best_cosines, cluster_cosines, random_cosine, zero_to_rounding
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,7 +25,7 @@ Side = Literal["left", "right"]
 class Familiarity:
     """The leading directions of W' held against all directions of its base, one side. Arrays are (j,).
 
-    Triplets whose singular value is zero to rounding have no direction, and are left out.
+    Triplets whose singular value is zero to rounding (`zero_to_rounding`) have no direction, and are left out.
 
     Attributes:
         singular_value: s'_j, descending.
@@ -58,12 +58,15 @@ def familiarity(base: Spectrum, tuned: Triplets, k: int, side: Side, gap: float 
         against u_i) or "right" (z_j against v_i); gap: relative, of singular values that count as one cluster.
     Cost: 4 d k p flops, d the length of a vector, p = min(m, n).
 
+    >>> import torch
+    >>> from spectra.linalg.svd import svd
+    >>> from spectra.linalg.triplets import leading_triplets
     >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
     >>> tuned = leading_triplets(W + 100 * torch.ones(3, 3), 1)  # nearly (1, 1, 1) / sqrt(3)
     >>> familiarity(svd(W), tuned, 1, "left").best_cosine.round(2)
     array([0.58])
     """
-    best, partner = best_cosines(base, tuned, k, side)
+    best, partner = best_cosines(base, tuned, k, side, zero_to_rounding(base, tuned))
     known = ~np.isnan(best)
     count = int(known.sum())
     basis = base.U if side == "left" else base.V

@@ -9,19 +9,20 @@ tuned vector may spread over it without being new.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log, sqrt
+from math import isnan, log, sqrt
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from spectra.linalg.batched import AnySpectrum, AnyTriplets, matmul
-from spectra.linalg.svd import Spectrum
+from spectra.linalg.svd import GRAM, Spectrum
 from spectra.linalg.triplets import Triplets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+SQUARED = 1e-11  # of s_0: how well the singular values of a squared matrix are known
 CLUSTER_GAP = 0.01  # base components whose singular values differ by a hundredth count as one cluster
 
 
@@ -56,7 +57,7 @@ def intruders(
     Triplets whose singular value is zero to rounding have no direction and are not counted.
     Cost: 2 d k p flops, d the length of a vector, p = min(m, n).
     """
-    best, partner = best_cosines(base, tuned, k, side)
+    best, partner = best_cosines(base, tuned, k, side, zero_to_rounding(base, tuned))
     known = ~np.isnan(best)
     best, partner, s = best[known], partner[known], tuned.S.cpu().numpy()
     index = np.flatnonzero(best < epsilon)
@@ -64,18 +65,40 @@ def intruders(
     return Intruders(index, s[index], best, partner, random_cosine(basis.shape[0], basis.shape[1]))
 
 
+def zero_to_rounding(base: AnySpectrum, tuned: AnyTriplets, digits: torch.dtype = torch.float32) -> float:
+    """The share of s'_0 up to which a singular value of W' is zero to rounding, so that its vectors mean nothing.
+
+    Args: the spectrum of W, the leading triplets of W'. The dtype of their vectors tells how many digits W' has, and in
+        a stack, whose vectors are float64 always, `digits` does: the dtype in which W' is stored.
+    Returns: with float32 on either side, and for triplets that were iterated, what storing W' in float32 does, sqrt(p)
+        eps; with float64 throughout, max(m, n) eps, and SQUARED for factors upon a base that was squared.
+    """
+    if isinstance(base, Spectrum) and isinstance(tuned, Triplets):
+        is_wide = base.U.dtype == tuned.Y.dtype == torch.float64 and isnan(tuned.residual)
+        squared = base.algorithm == GRAM
+    else:
+        is_wide, squared = digits == torch.float64, False
+    if is_wide:
+        return SQUARED if squared else max(base.shape) * torch.finfo(torch.float64).eps
+    return _stored_in_float32(base.shape)
+
+
 def best_cosines(
-    base: AnySpectrum, tuned: AnyTriplets, k: int, side: Literal["left", "right"] = "left"
+    base: AnySpectrum,
+    tuned: AnyTriplets,
+    k: int,
+    side: Literal["left", "right"] = "left",
+    zero: float | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """max_i |<u_i, y_j>| of the top k triplets, and the i that attains it: (k,) each, (b, k) of a stack.
 
     NaN for triplets whose singular value is zero to rounding, at the end.
+
+    Args: zero: the share of s'_0 up to which that is so (see `zero_to_rounding`); None: as of weights in float32.
     """
     basis, vectors = (base.U, tuned.Y) if side == "left" else (base.V, tuned.Z)
     s = tuned.S[..., : min(k, vectors.shape[-1])]
-    # What storing W' in float32 moves its singular values by at the most: ||E||_F <= eps / 2 ||W'||_F.
-    rounding = sqrt(min(base.shape)) * torch.finfo(torch.float32).eps
-    has_direction = s > rounding * s[..., :1]
+    has_direction = s > (_stored_in_float32(base.shape) if zero is None else zero) * s[..., :1]
     Y = vectors[..., : s.shape[-1]].to(basis.dtype).contiguous()
     best, partner = matmul(basis.mT, Y).abs().max(-2)  # (p, k), its maximum over p
     return torch.where(has_direction, best.double(), torch.nan).cpu().numpy(), partner.cpu().numpy()
@@ -101,6 +124,11 @@ def cluster_cosines(
     rounding = max(base.shape) * torch.finfo(torch.float64).eps * S[..., :1, None]
     is_member = (S[..., None] - s_i).abs() <= gap * s_i + rounding  # (p, k)
     return (squared * is_member).sum(-2).sqrt().cpu().numpy(), is_member.sum(-2).cpu().numpy()
+
+
+def _stored_in_float32(shape: tuple[int, int]) -> float:
+    """What storing W' moves its singular values by at the most, relative to s'_0: ||E||_F <= eps / 2 ||W'||_F."""
+    return sqrt(min(shape)) * torch.finfo(torch.float32).eps
 
 
 def random_cosine(dimension: int, count: int) -> float:

@@ -14,7 +14,7 @@ from spectra.linalg.svd import Spectrum
 from spectra.linalg.triplets import Triplets
 from spectra.measures.covariance import data_free_diagonal
 from spectra.measures.decomposition import Decomposition
-from spectra.measures.intruders import best_cosines, cluster_cosines, random_cosine
+from spectra.measures.intruders import best_cosines, cluster_cosines, random_cosine, zero_to_rounding
 from spectra.measures.rounding import FLOOR_FACTOR, Rounding
 from spectra.measures.whole import (
     cosine,
@@ -106,7 +106,7 @@ def rows(
         "effective_rank_base": effective_rank(s),
         "effective_rank_tuned": effective_rank(s_tuned),
         "spectral_shift": spectral_shift(s, s_tuned),
-        **_leading_directions(base, tuned, top, epsilon),
+        **_leading_directions(base, tuned, top, epsilon, digits),
         "rounding_floor": stored.floor,
         "below_rounding_floor": relative_update < FLOOR_FACTOR * stored.floor,
         "unmoved_share": stored.unmoved_share,
@@ -188,11 +188,13 @@ def _shares(split: Decomposition, has_directions: NDArray[np.bool_]) -> dict[str
     return {name: np.where(has_directions, share, np.nan) for name, share in shares.items()}
 
 
-def _leading_directions(base: AnySpectrum, tuned: AnyTriplets, top: int, epsilon: float) -> dict[str, NDArray[Any]]:
+def _leading_directions(
+    base: AnySpectrum, tuned: AnyTriplets, top: int, epsilon: float, digits: torch.dtype
+) -> dict[str, NDArray[Any]]:
     """How the leading directions of W' lie to those of W; a zero matrix has none."""
     none = ((base.S[..., 0] == 0) | (tuned.S[..., 0] == 0)).cpu().numpy()
     left, right = (subspace_overlap(base, tuned, side, top) for side in ("left", "right"))
-    best, partner = best_cosines(base, tuned, top)
+    best, partner = best_cosines(base, tuned, top, zero=zero_to_rounding(base, tuned, digits))
     spread = (best < epsilon) & (cluster_cosines(base, tuned, partner)[0] >= epsilon)
     lowest = np.where(np.isnan(best), np.inf, best).min(-1)
     measures: dict[str, Array] = {

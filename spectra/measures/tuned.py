@@ -12,12 +12,13 @@ from spectra.linalg.lapack import LapackError
 from spectra.linalg.lowrank import LowRank
 from spectra.linalg.perturbed import perturbed_triplets
 from spectra.linalg.products import matmul
-from spectra.linalg.svd import TAIL, Spectrum, svd
+from spectra.linalg.svd import GRAM, TAIL, Spectrum, svd
 from spectra.linalg.triplets import Triplets, leading_triplets
 
-# Why leading triplets were taken from a full SVD of W'; `Triplets.algorithm` ends in it then.
+# What `Triplets.algorithm` ends in where leading triplets are from a full SVD of W'.
 NOT_CONVERGED = "for its leading triplets did not converge"
-SPOILED = "for squaring would spoil its leading triplets"  # those under TAIL s'_0
+UNSQUARED = "without squaring"  # of a tail that the leading triplets reach into, those under TAIL s'_0
+FALLBACKS = {NOT_CONVERGED: "their own solver did not converge", UNSQUARED: "squaring would spoil them"}
 
 
 def tuned_triplets(weight: Tensor, base: Spectrum, tuned: Tensor | LowRank, count: int, fast: bool = False) -> Triplets:
@@ -33,7 +34,7 @@ def tuned_triplets(weight: Tensor, base: Spectrum, tuned: Tensor | LowRank, coun
         fast: iterate those triplets alone by Lanczos: cosines are good to 1e-5 for a dense W', and a direction may be
             missed where several singular values are equal.
     Returns: `Triplets`; where no other way converged, or squaring would spoil the last of them, of a full float64 SVD
-        of W', and `algorithm` says so.
+        of W', and `algorithm` says so: of the latter, that its tail was solved again without squaring.
     Raises: NotFiniteError where W' is not finite; LapackError where no solver converges.
     """
     if isinstance(tuned, LowRank):
@@ -47,7 +48,7 @@ def tuned_triplets(weight: Tensor, base: Spectrum, tuned: Tensor | LowRank, coun
     if tuned.dtype == torch.float64:
         return found
     if found.S[found.Y.shape[1] - 1] <= TAIL * found.S[0]:
-        return _in_full(found, SPOILED)
+        return _in_full(found, f"its tail solved again {UNSQUARED}" if found.algorithm == GRAM else UNSQUARED)
     return _in_full(found, NOT_CONVERGED) if found.algorithm.startswith("ges") else found
 
 

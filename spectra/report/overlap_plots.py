@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isnan, pi
+from math import pi
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -29,6 +29,8 @@ WORDS = {
     "right_largest_angle": "largest angle between input directions (radians)",
 }
 
+NOTHING_SHARED = "no matrix was moved by two"
+
 
 class OverlapPlots:
     """The pictures of `result`. Methods return matplotlib Axes; `ax=None` makes a figure."""
@@ -40,11 +42,14 @@ class OverlapPlots:
         self,
         column: str = "left_overlap",
         *,
+        outliers: bool = True,
         ax: Axes | None = None,
     ) -> Axes:
         """The matrix of pairs: how alike the updates of the tuned models are, in every cell its number.
 
-        Args: column: an overlap, `update_cosine`, `sign_agreement`, or a principal angle, as in `pairs()`.
+        Cosines are blue below 0, red above, and white at 0; the title says how far from 0 chance takes them.
+
+        Args: column: an overlap, `update_cosine`, `sign_agreement`, or a principal angle, as in `pairs(outliers)`.
         """
         if column not in WORDS:
             raise SpectraError(f"{column!r} cannot be drawn as pairs; give one of {', '.join(WORDS)}")
@@ -52,22 +57,23 @@ class OverlapPlots:
         if len(labels) < 2:
             raise SpectraError("one tuned model makes no pairs; give several")
         ax = _axes(ax)
-        values = self.result.table(column).to_numpy()
-        low = -1.0 if column == "update_cosine" else 0.0
-        high = pi / 2 if column.endswith("angle") else 1.0
-        _image(ax, values, low, high, WORDS[column])
+        values = self.result.table(column, outliers).to_numpy()
+        is_signed = column == "update_cosine"
+        low, high = -1.0 if is_signed else 0.0, pi / 2 if column.endswith("angle") else 1.0
+        _image(ax, values, low, high, WORDS[column], "RdBu_r" if is_signed else "cividis")
         size = letters(ax)
         names = [plain(shorten(name, 16)) for name in labels]
         ax.set_xticks(range(len(labels)), names, rotation=30, ha="right")
         ax.set_yticks(range(len(labels)), names)
         for (row, at), value in np.ndenumerate(values):
-            dark = (value - low) / (high - low) < 0.55
+            dark = abs(value) > 0.6 if is_signed else (value - low) / (high - low) < 0.55
             ax.text(at, row, number(value, 2), ha="center", va="center", fontsize=size,
                     color="white" if dark else "black")  # fmt: skip
-        pairs = self.result.pairs()
-        null = "" if column == "update_cosine" else f"{column}_null"
-        random = float(pairs[pairs["first"] != BASE][null].mean()) if null else 0.0
-        subject = "no matrix was moved by two" if isnan(random) else f"random updates: {number(random, 2)}"
+        pairs = self.result.pairs(outliers)
+        shared = pairs[(pairs["first"] != BASE) & (pairs["matrices"] > 0)]
+        random = number(float(shared[f"{column}_null"].mean()), 1 if is_signed else 2)
+        subject = f"random updates: {'0 +- ' if is_signed else ''}{random}" if len(shared) else NOTHING_SHARED
+        subject += "" if outliers else ", without what stands apart"
         label(ax, "how alike the updates are", subject, "", "")
         return ax
 
@@ -98,8 +104,8 @@ class OverlapPlots:
         return ax
 
 
-def _image(ax: Axes, values: Array, low: float, high: float, words: str) -> None:
-    image = ax.imshow(values, cmap="cividis", vmin=low, vmax=high)
+def _image(ax: Axes, values: Array, low: float, high: float, words: str, colours: str = "cividis") -> None:
+    image = ax.imshow(values, cmap=colours, vmin=low, vmax=high)
     figure = ax.get_figure()
     assert figure is not None
     bar = figure.colorbar(image, ax=ax, shrink=0.85)

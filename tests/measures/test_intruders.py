@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from spectra.linalg.batched import spectra, triplets
 from spectra.linalg.svd import svd
 from spectra.linalg.triplets import leading_triplets
-from spectra.measures.intruders import best_cosines, cluster_cosines, intruders
+from spectra.measures.intruders import best_cosines, cluster_cosines, intruders, zero_to_rounding
 from tests.reference import intruders as reference
 from tests.reference.singular import Array
 from tests.reference.singular import svd as reference_svd
@@ -164,3 +165,16 @@ def test_null_is_near_the_best_cosine_of_random_directions() -> None:
     W = torch.diag(torch.arange(d, 0, -1).float())
     found = intruders(svd(W), leading_triplets(W, 10))
     assert mean < found.null < 1.12 * mean
+
+
+def test_zero_to_rounding_follows_the_dtype_of_the_triplets() -> None:
+    """float32 weights are moved by their storage, float64 ones by their solver alone."""
+    W = torch.from_numpy(np.random.default_rng(3).normal(size=(20, 30)))
+    stored, solved = 20**0.5 * 2.0**-23, 30 * 2.0**-52
+    wide, narrow = (svd(W), leading_triplets(2 * W, 3)), (svd(W.float()), leading_triplets(2 * W.float(), 3))
+    assert zero_to_rounding(*wide) == solved and zero_to_rounding(*narrow) == stored
+    assert zero_to_rounding(wide[0], narrow[1]) == stored and zero_to_rounding(narrow[0], wide[1]) == stored
+    assert zero_to_rounding(svd(W.float(), torch.float64), wide[1]) == 1e-11  # of a base that was squared
+    assert zero_to_rounding(wide[0], replace(wide[1], residual=1e-9)) == stored  # iterated
+    stack = spectra(W[None], squarable=False), triplets(2 * W[None], 3, squarable=False)
+    assert zero_to_rounding(*stack) == stored and zero_to_rounding(*stack, torch.float64) == solved
