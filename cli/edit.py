@@ -49,14 +49,22 @@ def edit(
     ] = Keep.top,
     seed: Annotated[int | None, typer.Option(help="For --keep random; 0 by default.", min=0)] = None,
     scale: Annotated[
-        float | None, typer.Option(help="Multiply each update, biases and norms too: 0 is the base, 1 the tuned one.")
+        float | None,
+        typer.Option(
+            help="Multiply each update, biases and norms too: 0 is the base, 1 the tuned one. What the base lacks "
+            "stays tuned."
+        ),
     ] = None,
     rewind: Annotated[bool, typer.Option("--rewind", help="Take weights back to the base.")] = False,
     components: Annotated[
         str | None, typer.Option(help="Rewind only what the update does to base components START:STOP.")
     ] = None,
     heads: Annotated[
-        str | None, typer.Option(help="Rewind only these attention heads, with their biases, such as 0,3,5-7.")
+        str | None,
+        typer.Option(
+            help="Rewind only these attention heads, with their biases, such as 0,3,5-7. A key and value go back only "
+            "with all heads that share them."
+        ),
     ] = None,
     head_size: Annotated[int | None, typer.Option(help="Size of a head, where no config.json says it.", min=1)] = None,
     layers: Annotated[str | None, typer.Option(help="Edit only these layers, such as 0,5-7.")] = None,
@@ -145,13 +153,17 @@ def _numbers(text: str, option: str) -> list[int]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise SpectraError(f"{option} is {text!r}; give numbers and ranges, such as 0,5-7")
         if int(last or first) < int(first):
-            raise SpectraError(f"{option} is {text!r}, and {piece.strip()!r} runs backwards; give {last}-{first}")
+            which = "which" if piece == text else f"and {piece.strip()!r}"
+            raise SpectraError(f"{option} is {text!r}, {which} runs backwards; give {last}-{first}")
         found += range(int(first), int(last or first) + 1)
     return found
 
 
-def finish_edit(result: Edited, *, as_json: bool, quiet: bool) -> None:
-    """Print what an edit did, as a table or as JSON; status 1 where matrices failed, when all else is said."""
+def finish_edit(result: Edited, *, as_json: bool, quiet: bool, is_control: bool = False) -> None:
+    """Print what an edit did, as a table or as JSON; status 1 where matrices failed, when all else is said.
+
+    Args: is_control: of a mitigation, whether base directions were scaled in the place of intruders.
+    """
     failed = result.matrices[result.matrices["status"] == "failed"]
     if as_json:
         rows = json.loads(result.matrices.to_json(orient="records", double_precision=15))
@@ -161,7 +173,7 @@ def finish_edit(result: Edited, *, as_json: bool, quiet: bool) -> None:
     elif not quiet:
         console = Console(width=None if sys.stdout.isatty() else 200)  # in a pipe, names stay on one line
         if result.changed or len(failed):
-            console.print(_table(result))
+            console.print(_table(result, is_control))
         for note in result.notes:
             console.print(note, markup=False, highlight=False)
         console.print(f"written to {result.folder}", markup=False, highlight=False)
@@ -174,7 +186,7 @@ def finish_edit(result: Edited, *, as_json: bool, quiet: bool) -> None:
         raise typer.Exit(1)
 
 
-def _table(result: Edited) -> Table:
+def _table(result: Edited, is_control: bool) -> Table:
     """A line per matrix that was edited or failed, and one for all."""
     from rich.table import Table
     from rich.text import Text
@@ -193,9 +205,12 @@ def _table(result: Edited) -> Table:
     if ranks:
         table.add_column("rank", justify="right", no_wrap=True)
     if counts:
+        heads = {"before": "intruders before", "scaled": "base directions scaled" if is_control else "scaled"}
         for name in ("before", "scaled", "after", "appeared"):
             total = int(rows[f"intruders_{name}"].fillna(0).sum())
-            table.add_column(f"intruders {name}" if name == "before" else name, str(total), justify="right")
+            table.add_column(heads.get(name, f"intruders {name}" if is_control else name), str(total), justify="right")
+    if is_control:
+        table.add_column("lambda", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for row in rows[rows.status != "unchanged"].to_dict("records"):
         cells = [printable(row["name"]), number(row["update_norm"]), number(row["change_norm"])]
@@ -203,6 +218,8 @@ def _table(result: Edited) -> Table:
             cells.append(f"{_count(row['rank_before'])} -> {_count(row['rank_after'])}")
         if counts:
             cells += [_count(row[f"intruders_{name}"]) for name in ("before", "scaled", "after", "appeared")]
+        if is_control:
+            cells.append(number(row["control_lambda"]))
         said = f"failed: {row['note']}" if row["status"] == "failed" else row["note"]
         table.add_row(*(Text(cell) for cell in (*cells, printable(said))))
     return table

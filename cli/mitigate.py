@@ -47,6 +47,13 @@ def mitigate(
         bool,
         typer.Option("--control", help="Scale as many base directions instead, those of the nearest singular values."),
     ] = False,
+    equal_change: Annotated[
+        bool,
+        typer.Option(
+            "--equal-change",
+            help="Of --control: choose its lambda for each matrix so that it changes as much as scaling intruders.",
+        ),
+    ] = False,
     include: Include = None,
     exclude: Exclude = None,
     transposed: Transposed = None,
@@ -62,7 +69,8 @@ def mitigate(
     W'(lambda) = W' + (lambda - 1) sum s'_j y_j z_j^T over the intruders of each matrix. An adapter stays an adapter, of
     exact rank r + (number of intruders). Everything else is copied to the bit. The table counts intruders before and
     after: taking some out can bring others up. The control is weaker where intruders are stronger than every base
-    direction: how much each of the two moves is said. Ends with status 1 where a matrix could not be edited.
+    direction: how much each of the two moves is said, and --equal-change makes it the same. Ends with status 1 where a
+    matrix could not be edited.
 
     Examples:
 
@@ -75,7 +83,8 @@ def mitigate(
     with progress_bar(quiet or as_json, "mitigating") as progress:
         result = mitigate_checkpoint(
             base, tuned, out, factor=factor, which=which.value, k=k, epsilon=epsilon, side=side.value,
-            keep_spread=keep_spread, control=control, include=include or (), exclude=exclude or (),
-            transposed=transposed or None, device=device, workers=workers, cache=cache, force=force, progress=progress,
+            keep_spread=keep_spread, control=control, equal_change=equal_change, include=include or (),
+            exclude=exclude or (), transposed=transposed or None, device=device, workers=workers, cache=cache,
+            force=force, progress=progress,
         )  # fmt: skip
-    finish_edit(result, as_json=as_json, quiet=quiet)
+    finish_edit(result, as_json=as_json, quiet=quiet, is_control=control)

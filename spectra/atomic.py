@@ -36,7 +36,9 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder` that takes its place when the block ends well, and else vanishes.
 
     A folder cannot be replaced in one step: the old one is moved aside first, and back where the second step fails.
+    Where `folder` is a link, what it points at is replaced, and the link stays.
     """
+    folder = actual(folder)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     old = temporary.with_name(f"{temporary.name}.old")
     try:
@@ -54,6 +56,11 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def actual(path: Path) -> Path:
+    """Where a path leads, links in it followed; also of a place where nothing is yet, and of links in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def _umask() -> int:

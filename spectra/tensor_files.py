@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ def write_tensors(
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, path, metadata=dict(metadata) if metadata is not None else None)
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        raise _of_system(str(error)) from error
 
 
 def write_torch(content: Any, path: str | os.PathLike[str]) -> None:
@@ -31,4 +32,14 @@ def write_torch(content: Any, path: str | os.PathLike[str]) -> None:
     try:
         torch.save(content, path)
     except RuntimeError as error:  # of its archive writer
-        raise OSError(str(error).partition("\n")[0]) from error
+        raise _of_system(str(error)) from error
+
+
+def _of_system(text: str) -> OSError:
+    """The error of the operating system behind what a library says of it; in plain words where only it knows which."""
+    number = re.search(r"\(os error (\d+)\)", text)  # safetensors, as Rust has it
+    if number:
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if "inline_container" in text:  # torch's writer found fewer bytes in the file than it had put there
+        return OSError("the file could not be written in full")
+    return OSError(text.partition("\n")[0])

@@ -35,6 +35,13 @@ def test_a_full_disk_is_an_error_of_the_operating_system(write: Any, tmp_path: P
         write({"a": torch.ones(100, 100)}, tmp_path / "file")
 
 
+def test_a_full_disk_is_told_in_no_library_s_words(tmp_path: Path) -> None:
+    for write, words in ((write_tensors, "File too large"), (write_torch, "the file could not be written in full")):
+        with no_file_above(10_000), pytest.raises(OSError) as raised:
+            write({"a": torch.ones(100, 100)}, tmp_path / "file")
+        assert (raised.value.strerror or str(raised.value)) == words
+
+
 def test_tensors_are_written_as_they_are(tmp_path: Path) -> None:
     tensors = {"turned": torch.arange(6.0).reshape(2, 3).T, "half": torch.ones(3).half()}
     write_tensors(tensors, tmp_path / "file.safetensors", {"format": "pt"})

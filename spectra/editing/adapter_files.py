@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isclose, sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,9 +110,8 @@ def write_factors(adapter: Adapter, updates: Mapping[str, LowRank], folder: Path
         pattern = "^" + re.escape(factors.module)
         ranks[pattern] = rank
         alphas[pattern] = _whole(update.c * (sqrt(rank) if config.get("use_rslora") else rank))
-    # The first pattern that fits decides: the exact ones stand before those that were there.
-    config["rank_pattern"] = ranks | (config.get("rank_pattern") or {})
-    config["alpha_pattern"] = alphas | (config.get("alpha_pattern") or {})
+    config["rank_pattern"] = _before(ranks, config.get("rank_pattern"))
+    config["alpha_pattern"] = _before(alphas, config.get("alpha_pattern"))
     for tied, name in raw.tied.items():
         tensors[tied] = tensors[name]
     _save(tensors, weights)
@@ -123,11 +123,16 @@ def write_factors(adapter: Adapter, updates: Mapping[str, LowRank], folder: Path
 
 
 def check_adapter(adapter: Adapter, updates: Mapping[str, LowRank], folder: Path) -> None:
-    """Raise SpectraError unless the folder reads as the adapter with these updates in the place of its own."""
-    found = open_checkpoint(folder)
-    assert isinstance(found, Adapter)
-    if set(found.updates) != set(adapter.updates) or set(found) != set(adapter):
-        raise SpectraError("the edited adapter read back with other tensors than were written; check the disk")
+    """Raise SpectraError unless the folder reads as the adapter with these updates in the place of its own.
+
+    The bytes were held against the tensors before: what differs here is how the configuration is read.
+    """
+    try:
+        found = open_checkpoint(folder)
+    except SpectraError as error:
+        raise _misread(str(error).replace(str(folder), "it")) from error
+    if not isinstance(found, Adapter) or set(found.updates) != set(adapter.updates) or set(found) != set(adapter):
+        raise _misread("it reads as other tensors")
     for name, info in adapter.updates.items():
         before, after = updates.get(name), found.update(name)
         if before is None:
@@ -137,7 +142,19 @@ def check_adapter(adapter: Adapter, updates: Mapping[str, LowRank], folder: Path
         else:
             same = torch.equal(before.B.to(after.B.dtype), after.B) and torch.equal(before.A.to(after.A.dtype), after.A)
         if not (same and isclose(before.c, after.c, rel_tol=1e-12)):
-            raise SpectraError(f"the factors for {quoted(name)} read back otherwise than written; check the disk")
+            raise _misread(f"the factors for {quoted(name)} read as another update")
+
+
+def _misread(what: str) -> SpectraError:
+    return SpectraError(
+        f"the edited adapter is not read as what it was meant to be, and nothing was written ({what}); "
+        "merge it with merge_and_unload() and edit the merged model"
+    )
+
+
+def _before(new: dict[str, Any], old: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Patterns of modules with the new ones in front, for the first that fits decides; an edit of an edit has both."""
+    return new | {pattern: value for pattern, value in (old or {}).items() if pattern not in new}
 
 
 def _whole(alpha: float) -> float | int:

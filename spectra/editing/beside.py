@@ -19,7 +19,8 @@ Described = set[tuple[str, tuple[int, ...]]]
 
 
 def files_beside(root: Path, files: Sequence[Path], weights: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
-    """The other files of a model folder that an edit copies, relative to `root`; and what it leaves out, in words.
+    """The other files of a model folder that an edit copies, relative to `root`; and in words what it leaves out, or
+    copies although it looks like weights.
 
     Left out is what holds the same model again and would not follow the edit: in another format, or a subfolder with
     another of its checkpoints. Subfolders with weights of their own (the dense layer of a sentence encoder) are copied.
@@ -31,6 +32,7 @@ def files_beside(root: Path, files: Sequence[Path], weights: Sequence[Path]) -> 
     same: list[str] = []
     skipped: list[str] = []
     broken: list[str] = []
+    weights_of_others: list[str] = []
     for folder, folders, names in os.walk(root):
         here = Path(folder).relative_to(root)
         own = [name for name in sorted(names) if here / name not in known]
@@ -44,16 +46,23 @@ def files_beside(root: Path, files: Sequence[Path], weights: Sequence[Path]) -> 
         folders[:] = sorted(set(folders) - set(hidden))
         same += again
         broken += [str(here / name) for name in own if not Path(folder, name).is_file()]
-        found += [here / name for name in own if name not in again and Path(folder, name).is_file()]
+        copied = [here / name for name in own if name not in again and Path(folder, name).is_file()]
+        weights_of_others += [str(path) for path in copied if _is_named_like_weights(path.name)]
+        found += copied
     return found, (
-        *_left(same, "their weights are not edited"),
-        *_left(skipped, "they are hidden folders or links to folders"),
-        *_left(broken, "they are links to files that are not there"),
+        *_said(weights_of_others, "copied as they are, for they hold nothing of the edited model"),
+        *_said(same, "not copied, for their weights are not edited"),
+        *_said(skipped, "not copied, for they are hidden folders or links to folders"),
+        *_said(broken, "not copied, for they are links to files that are not there"),
     )
 
 
-def _left(names: Sequence[str], why: str) -> Iterable[str]:
-    return (f"not copied, for {why}: {listed(names)}",) if names else ()
+def _said(names: Sequence[str], what: str) -> Iterable[str]:
+    return (f"{what}: {listed(names)}",) if names else ()
+
+
+def _is_named_like_weights(name: str) -> bool:
+    return name.endswith(WEIGHT_ENDINGS) and not NOT_WEIGHTS.fullmatch(name)
 
 
 class _Model:
@@ -69,7 +78,7 @@ class _Model:
         is_beside = path.parent == Path()
         if name.lower().endswith(OTHER_FORMATS) or (is_beside and INDEX.fullmatch(name)):
             return True
-        if not name.endswith(WEIGHT_ENDINGS) or NOT_WEIGHTS.fullmatch(name) or not file.is_file():
+        if not _is_named_like_weights(name) or not file.is_file():
             return False
         if is_beside and (is_usual_name(name) or SHARD.fullmatch(name)):
             return True

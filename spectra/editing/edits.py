@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 from spectra.editing.arguments import number, whole, wholes
-from spectra.editing.heads import head_entries
+from spectra.editing.heads import SHARED, UNKNOWN, head_entries, shared_heads
+from spectra.editing.leaders import Leaders, Sides, leaders_of, spectrum_for
 from spectra.editing.operations import (
     Keep,
     Update,
@@ -23,14 +24,8 @@ from spectra.editing.operations import (
 )
 from spectra.errors import SpectraError
 from spectra.linalg.lowrank import LowRank
-from spectra.linalg.svd import Spectrum
-from spectra.linalg.triplets import Triplets
 from spectra.loading import BaseMatrix
-from spectra.measures.familiarity import Familiarity, familiarity
-from spectra.measures.tuned import tuned_triplets
 from spectra.pairing import Pair
-
-Sides = Literal["left", "right", "both"]
 
 
 @dataclass(frozen=True)
@@ -55,15 +50,19 @@ class Applied:
     """The new update (the subject's own D, the same object, where nothing changes), and what is to be said of it.
 
     Attributes:
-        scaled, before: of a mitigation, the intruders that it scaled, and the leading triplets before it.
+        kept: what was asked for and stays as it was, or why nothing was to be done, in words for all such matrices.
+        scaled, before: of a mitigation, how many directions it scaled, and the leading triplets before it.
         stands_for: of its control, ||change||_F of the scaling of intruders that it stands in the place of.
+        control_lambda: what the control multiplies base singular values by.
     """
 
     D: Update
     note: str = ""
-    scaled: tuple[int, ...] = ()
+    kept: str = ""
+    scaled: int = 0
     before: Leaders | None = None
     stands_for: float | None = None
+    control_lambda: float | None = None
 
 
 class Edit(Protocol):
@@ -76,19 +75,6 @@ class Edit(Protocol):
     def of_vectors(self) -> float | None: ...
 
     def apply(self, subject: Subject) -> Applied: ...
-
-
-@dataclass(frozen=True)
-class Leaders:
-    """The leading triplets of a tuned weight and how familiar they are, on the sides that are looked at."""
-
-    triplets: Triplets
-    sides: tuple[Familiarity, ...]
-
-    def intruders(self, epsilon: float, without_spread: bool) -> list[int]:
-        """The j that are intruders on one of the sides, ascending."""
-        found = [f.new_directions(epsilon) if without_spread else f.intruders(epsilon) for f in self.sides]
-        return sorted({int(j) for js in found for j in js})
 
 
 @dataclass(frozen=True)
@@ -105,6 +91,8 @@ class Mitigation:
         control: scale as many base directions in their place, u_i s_i v_i^T of the nearest singular values. Intruders
             stronger than s_0 have no equal in the base: then lambda moves the control less, and the result says how
             much each moves.
+        equal_change: of the control, lambda chosen for each matrix so that it moves as much as scaling the intruders
+            by `factor` would: 1 - (1 - factor) sqrt(sum s'_j^2 / sum s_i^2), which may be negative.
     """
 
     factor: float = 0.7
@@ -114,6 +102,7 @@ class Mitigation:
     side: Sides = "left"
     keep_spread: bool = False
     control: bool = False
+    equal_change: bool = False
     of_vectors: ClassVar[None] = None
 
     def __post_init__(self) -> None:
@@ -124,37 +113,44 @@ class Mitigation:
             raise SpectraError("intruders are scaled 'top' or 'all', and found on side 'left', 'right' or 'both'")
         if self.k < 1 or not 0 <= self.epsilon <= 1:
             raise SpectraError("k must be at least 1, and epsilon between 0 and 1")
+        if self.equal_change and not self.control:
+            raise SpectraError("the control is what can be made to change as much; ask for the control, too")
 
     def apply(self, subject: Subject) -> Applied:
         leaders = self.leaders(subject.base, subject.tuned)
+        if leaders.zero:
+            return Applied(subject.D, kept=leaders.zero, before=leaders)
         found = leaders.intruders(self.epsilon, self.keep_spread)
         chosen = found[:1] if self.which == "top" else found
-        triplets = leaders.triplets
-        stands_for = None
         if self.control:
-            stands_for = abs(self.factor - 1) * float(torch.linalg.vector_norm(triplets.S[chosen]))
-            spectrum = self._spectrum(subject.base, subject.tuned)
-            near = nearest_components(spectrum, triplets.S[chosen])
-            D = scaled_triplets(
-                subject.D, spectrum.U[:, near], spectrum.S[near], spectrum.V[:, near], self.factor
-            )  # fmt: skip
-        else:
-            D = scaled_triplets(
-                subject.D, triplets.Y[:, chosen], triplets.S[chosen], triplets.Z[:, chosen], self.factor
-            )  # fmt: skip
-        return Applied(D, scaled=tuple(chosen) if D is not subject.D else (), before=leaders, stands_for=stands_for)
+            return self._control(subject, leaders, chosen)
+        Y, S, Z = (X[..., chosen] for X in (leaders.triplets.Y, leaders.triplets.S, leaders.triplets.Z))
+        D = scaled_triplets(subject.D, Y, S, Z, self.factor)
+        return Applied(D, scaled=len(chosen) if D is not subject.D else 0, before=leaders)
+
+    def _control(self, subject: Subject, leaders: Leaders, chosen: list[int]) -> Applied:
+        """What `apply` does to base directions in the place of the chosen intruders."""
+        spectrum = spectrum_for(subject.base, subject.tuned)
+        near = nearest_components(spectrum, leaders.triplets.S[chosen])
+        U, S, V = (X[..., near] for X in (spectrum.U, spectrum.S, spectrum.V))
+        strength, own = (float(torch.linalg.vector_norm(s.double())) for s in (leaders.triplets.S[chosen], S))
+        factor = self.factor
+        if self.equal_change and chosen:
+            if own <= torch.finfo(torch.float32).eps * float(spectrum.S[0]):
+                return Applied(subject.D, kept="the base directions nearest in strength are zero", before=leaders)
+            factor = 1 - (1 - factor) * strength / own
+        D = scaled_triplets(subject.D, U, S, V, factor)
+        return Applied(
+            D,
+            scaled=len(near) if D is not subject.D else 0,
+            before=leaders,
+            stands_for=abs(self.factor - 1) * strength,
+            control_lambda=factor if chosen else None,
+        )
 
     def leaders(self, base: BaseMatrix, tuned: torch.Tensor | LowRank) -> Leaders:
         """The leading triplets of a tuned weight, held against the base."""
-        spectrum = self._spectrum(base, tuned)
-        triplets = tuned_triplets(base.weight, spectrum, tuned, self.k)
-        sides: tuple[Literal["left", "right"], ...] = ("left", "right") if self.side == "both" else (self.side,)
-        return Leaders(triplets, tuple(familiarity(spectrum, triplets, self.k, side) for side in sides))
-
-    def _spectrum(self, base: BaseMatrix, tuned: torch.Tensor | LowRank) -> Spectrum:
-        """In float64 for factors, as `find_intruders` takes it: so both count the same, and share a cache."""
-        wide = isinstance(tuned, LowRank) or torch.float64 in (base.weight.dtype, tuned.dtype)
-        return base.spectrum(torch.float64 if wide else torch.float32)
+        return leaders_of(base, tuned, self.k, self.side)
 
 
 @dataclass(frozen=True)
@@ -256,10 +252,12 @@ class Rewinding:
             return Applied(rewound_components(subject.D, spectrum, start, stop), note)
         if self.heads is None:
             return Applied(scaled(subject.D, 0.0))
-        entries = head_entries(subject.pair.matrix, subject.config, self.heads, self.head_size)
+        matrix = subject.pair.matrix
+        entries = head_entries(matrix, subject.config, self.heads, self.head_size)
         if isinstance(entries, str):
-            return Applied(subject.D, entries)
-        return Applied(rewound_entries(subject.D, *entries))
+            return Applied(subject.D, kept=entries) if entries == UNKNOWN else Applied(subject.D, entries)
+        shared = shared_heads(matrix, subject.config, self.heads, self.head_size)
+        return Applied(rewound_entries(subject.D, *entries), kept=SHARED if shared else "")
 
 
 def _seed_for(name: str, seed: int) -> int:

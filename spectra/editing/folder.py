@@ -7,11 +7,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectra.atomic import replacing_folder
+from spectra.atomic import actual, replacing_folder
 from spectra.checkpoints import Checkpoint
 from spectra.checkpoints.wording import listed, shown
 from spectra.editing.beside import files_beside
@@ -58,13 +58,19 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
 
 
 def check_target(target: Path, layout: Layout, inputs: Sequence[Checkpoint], force: bool) -> None:
-    """Raise `SpectraError` where the edit must not or cannot be put into `target`; makes its parents.
+    """Raise `SpectraError` where the edit must not or cannot be put into `target`.
 
     With `force` the folder of an earlier edit is replaced, whatever files its record lists, and never one that holds
-    anything else, or an input.
+    anything else, or an input. Nothing is written into the folder of an input either.
     """
-    place = target.resolve()
+    place = actual(target)
     for checkpoint in inputs:
+        given = Path(checkpoint.source).expanduser()
+        if given.is_dir() and actual(given) in place.parents:
+            raise SpectraError(
+                f"{target} lies inside {checkpoint.source}, which would hold more than its model; "
+                "choose a folder outside of it"
+            )
         for path in checkpoint.files:
             if place in (path.parent.resolve(), *path.resolve().parents):
                 raise SpectraError(
@@ -72,10 +78,10 @@ def check_target(target: Path, layout: Layout, inputs: Sequence[Checkpoint], for
                     "choose another folder"
                 )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}."):
-            there = [path.relative_to(target) for path in target.rglob("*") if not path.is_dir()]
-        if target.exists() and not target.is_dir():
+        standing = next(parent for parent in place.parents if parent.exists())
+        with tempfile.TemporaryDirectory(dir=standing, prefix=f".{place.name}."):
+            there = [path.relative_to(place) for path in place.rglob("*") if not path.is_dir()]
+        if place.exists() and not place.is_dir():
             raise SpectraError(f"{target} is a file; give the name of a folder to write")
     except OSError as error:
         raise SpectraError(f"cannot write to {target}: {error.strerror or error}; choose another folder") from error
@@ -90,8 +96,10 @@ def check_target(target: Path, layout: Layout, inputs: Sequence[Checkpoint], for
 
 def leftovers(target: Path) -> tuple[str, ...]:
     """What to say of unfinished folders beside a target: nothing tells those of killed runs from those of others."""
-    unfinished = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}(\.old)?")  # as `replacing_folder` names them
-    found = sorted(path.name for path in target.parent.iterdir() if unfinished.fullmatch(path.name) and path.is_dir())
+    place = actual(target)
+    unfinished = re.compile(rf"\.{re.escape(place.name)}\.[a-z0-9_]{{8}}(\.old)?")  # as `replacing_folder` names them
+    beside = place.parent.iterdir() if place.parent.is_dir() else ()
+    found = sorted(path.name for path in beside if unfinished.fullmatch(path.name) and path.is_dir())
     return (
         (f"left beside it by runs that were killed, unless they still write there: {listed(found)}",) if found else ()
     )
@@ -108,13 +116,27 @@ def copy_files(layout: Layout, folder: Path) -> None:
 def put_in_place(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder` that becomes it when the block ends well, and vanishes otherwise.
 
+    So do those of its parents that had to be made.
     Raises: SpectraError for what the operating system refuses (a full disk).
     """
     try:
-        with replacing_folder(folder) as made:
+        with _with_parents(actual(folder)), replacing_folder(folder) as made:
             yield made
     except OSError as error:
         raise SpectraError(
             f"cannot write the edited checkpoint to {folder}: {error.strerror or error}; "
             "free some space or choose another folder"
         ) from error
+
+
+@contextmanager
+def _with_parents(place: Path) -> Iterator[None]:
+    missing = [parent for parent in place.parents if not parent.exists()]  # the deepest first
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):  # where another run has put something by now
+                parent.rmdir()
+        raise

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
 
 OUTPUTS = frozenset({"query", "key", "value"})
+UNKNOWN = "how the heads lie in it is not known"
+SHARED = "a key and value go back only with all heads that share them"
 
 
 def head_entries(
@@ -29,9 +31,30 @@ def head_entries(
     """
     rows, columns = np.zeros(matrix.rows, np.bool_), np.zeros(matrix.columns, np.bool_)
     if matrix.role == "qkv":
-        return "kept: how the heads lie in it is not known"
+        return UNKNOWN
     if matrix.role not in OUTPUTS | {"attention_output"}:
         return "has no heads"
+    here, shared, size = _layout(matrix, config, size)
+    if wrong := [head for head in heads if head >= here * shared]:
+        raise SpectraError(f"{matrix.name!r} has heads 0 to {here * shared - 1}, and head {wrong[0]} was asked for")
+    for group in range(here):
+        if all(head in heads for head in range(group * shared, (group + 1) * shared)):
+            (rows if matrix.role in OUTPUTS else columns)[group * size : (group + 1) * size] = True
+    return rows, columns
+
+
+def shared_heads(matrix: Matrix, config: Mapping[str, Any], heads: Sequence[int], size: int | None = None) -> list[int]:
+    """Which of the heads stay in a key or value matrix, for they share it with others that are not named.
+
+    Arguments and errors as of `head_entries`, where that finds rows or columns.
+    """
+    here, shared, _ = _layout(matrix, config, size)
+    groups = [range(group * shared, (group + 1) * shared) for group in range(here)]
+    return sorted({head for group in groups for head in heads if head in group and not {*group} <= {*heads}})
+
+
+def _layout(matrix: Matrix, config: Mapping[str, Any], size: int | None) -> tuple[int, int, int]:
+    """How many heads a matrix has, how many query heads read each of them, and their size."""
     count, known = _count_and_size(config, matrix)
     size = size or known
     if size is None:
@@ -43,14 +66,7 @@ def head_entries(
     if length % size:
         raise SpectraError(f"{matrix.name!r} has {length} {_side(matrix)}, which heads of size {size} do not fill")
     here = length // size
-    count = max(count or here, here)
-    if wrong := [head for head in heads if head >= count]:
-        raise SpectraError(f"{matrix.name!r} has heads 0 to {count - 1}, and head {wrong[0]} was asked for")
-    shared = count // here  # how many query heads read one key and value
-    for group in range(here):
-        if all(head in heads for head in range(group * shared, (group + 1) * shared)):
-            (rows if matrix.role in OUTPUTS else columns)[group * size : (group + 1) * size] = True
-    return rows, columns
+    return here, max(count or here, here) // here, size
 
 
 def _side(matrix: Matrix) -> str:

@@ -11,16 +11,15 @@ from torch import Tensor
 
 from spectra.cache import SpectrumCache
 from spectra.editing.adapter_files import rounded
-from spectra.editing.edits import Applied, Edit, Leaders, Mitigation, Subject
+from spectra.editing.edits import Applied, Edit, Mitigation, Subject
+from spectra.editing.leaders import Leaders, counted
 from spectra.editing.operations import change_norm, norm
 from spectra.errors import SpectraError
 from spectra.jobs import CAN_FAIL, failed
 from spectra.linalg.lowrank import LowRank
-from spectra.linalg.products import matmul
 from spectra.loading import BaseMatrix, Group
 from spectra.pairing import Pair
 
-SAME = 0.5  # |cosine| from which on a direction counts as one that was there before
 ABOUT = 0.2  # changes that differ by less are said to be about the same
 
 
@@ -42,7 +41,7 @@ class Treated:
         status: edited | unchanged | failed.   note: why, or what was decided.
         numbers: the columns of its row that hold numbers.
         stored: the edited W' (m x n) in its storage dtype, or the edited update; None where nothing changed.
-        stands_for: see `Applied`.
+        kept, stands_for: see `Applied`.   fallbacks: why leading triplets were taken from a full SVD.
     """
 
     pair: Pair
@@ -50,7 +49,9 @@ class Treated:
     note: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
     stored: Tensor | LowRank | None = None
+    kept: str = ""
     stands_for: float | None = None
+    fallbacks: tuple[str, ...] = ()
 
     def without_weights(self) -> Treated:
         return replace(self, stored=None)
@@ -74,13 +75,14 @@ def _treated(task: Task, pair: Pair, base: BaseMatrix, tuned: Tensor | LowRank) 
     D = tuned if isinstance(tuned, LowRank) else tuned.double() - W
     config = task.base_config if isinstance(tuned, LowRank) else task.config
     applied = task.edit.apply(Subject(pair, base, tuned, D, config))
-    note = "; ".join(filter(None, (pair.note, applied.note)))
+    note = "; ".join(filter(None, (pair.note, applied.note, applied.kept)))
     before = norm(D)
     numbers: dict[str, Any] = {"update_norm": before, "change_norm": 0.0, "energy_ratio": 1.0 if before else None}
     if isinstance(D, LowRank):
         numbers |= {"rank_before": D.rank, "rank_after": D.rank}
     if applied.D is D:
-        return Treated(pair, "unchanged", note, numbers | _counted(task.edit, applied, applied.before))
+        numbers |= _counted(task.edit, applied, applied.before, pair)
+        return Treated(pair, "unchanged", note, numbers, kept=applied.kept, fallbacks=_fallbacks(applied.before))
     stored, D_after = _as_stored(pair, W, applied.D)
     numbers |= {
         "change_norm": change_norm(D, D_after),
@@ -94,7 +96,8 @@ def _treated(task: Task, pair: Pair, base: BaseMatrix, tuned: Tensor | LowRank) 
     meant = applied.stands_for
     if meant is not None and is_unlike(numbers["change_norm"], meant):
         note = "; ".join(filter(None, (note, f"the scaling of intruders changes it by {meant:.3g}")))
-    return Treated(pair, "edited", note, numbers | _counted(task.edit, applied, after), stored, meant)
+    numbers |= _counted(task.edit, applied, after, pair)
+    return Treated(pair, "edited", note, numbers, stored, applied.kept, meant, _fallbacks(applied.before, after))
 
 
 def is_unlike(made: float, meant: float) -> bool:
@@ -116,16 +119,14 @@ def _as_stored(pair: Pair, W: Tensor, D: Tensor | LowRank) -> tuple[Tensor | Low
     return stored.cpu(), stored.double() - W
 
 
-def _counted(edit: Edit, applied: Applied, after: Leaders | None) -> dict[str, int]:
-    """Intruders before and after a mitigation, those that it scaled, and those after it that resemble none before."""
-    if not isinstance(edit, Mitigation) or applied.before is None or after is None:
+def _counted(edit: Edit, applied: Applied, after: Leaders | None, pair: Pair) -> dict[str, Any]:
+    """The columns of a mitigation; missing where a weight has no directions."""
+    before = applied.before
+    if not isinstance(edit, Mitigation) or before is None or before.zero or after is None:
         return {}
-    was, now = (leaders.intruders(edit.epsilon, without_spread=False) for leaders in (applied.before, after))
-    same = matmul(applied.before.triplets.Y[:, was].double().T.contiguous(), after.triplets.Y[:, now].double())
-    known = (same.abs() >= SAME).any(0) if was else torch.zeros(len(now), dtype=torch.bool)
-    return {
-        "intruders_before": len(was),
-        "intruders_scaled": len(applied.scaled),
-        "intruders_after": len(now),
-        "intruders_appeared": len(now) - int(known.sum()),
-    }
+    numbers = counted(before, after, edit.epsilon, pair.tuned_dtype)
+    return numbers | {"intruders_scaled": applied.scaled, "control_lambda": applied.control_lambda}
+
+
+def _fallbacks(*leaders: Leaders | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one.fallback for one in leaders if one is not None and one.fallback))

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectra.checkpoints import Adapter, Checkpoint
+from spectra.checkpoints.wording import listed
 from spectra.editing.edits import Edit
 from spectra.editing.matrices import ABOUT, Treated, is_unlike
 from spectra.engines.studying import Opened, Places
 from spectra.linalg.lowrank import LowRank
+from spectra.report.wording import matrices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,9 +24,10 @@ RECORD = "spectra_edit.json"  # what was done, beside what came of it
 WRITTEN = "written"  # in the record: the files of the edit
 COLUMNS = (
     "name", "role", "layer", "status", "note", "update_norm", "change_norm", "energy_ratio", "rank_before",
-    "rank_after", "intruders_before", "intruders_scaled", "intruders_after", "intruders_appeared",
+    "rank_after", "intruders_before", "intruders_scaled", "intruders_after", "intruders_appeared", "control_lambda",
 )  # fmt: skip
-COUNTS = ("layer", *COLUMNS[8:])
+COUNTS = ("layer", *COLUMNS[8:14])
+FRACTIONS = ("update_norm", "change_norm", "energy_ratio", "control_lambda")
 
 
 def said(rows: Sequence[Treated], vectors: int) -> list[str]:
@@ -41,6 +44,12 @@ def said(rows: Sequence[Treated], vectors: int) -> list[str]:
         found.append(f"{why}: every tensor is as it was, to the bit")
     if vectors:
         found.append(f"vectors (biases, norms) that were taken along: {vectors}")
+    for why in dict.fromkeys(row.kept for row in rows if row.kept):
+        names = [row.pair.matrix.name for row in rows if row.kept == why]
+        found.append(f"not or not wholly edited, for {why}: {listed(names)}")
+    for why in dict.fromkeys(why for row in rows for why in row.fallbacks):
+        count = sum(why in row.fallbacks for row in rows)
+        found.append(f"the leading directions of {matrices(count)} are from a full SVD of W', since {why}")
     found += _of_control(rows)
     failed = sum(row.status == "failed" for row in rows)
     if failed:
@@ -58,7 +67,7 @@ def _of_control(rows: Sequence[Treated]) -> list[str]:
     return [
         f"the control changed the weights by {made:.3g}, and the scaling of intruders changes them by {meant:.3g} at "
         f"the same lambda (more than {ABOUT:.0%} apart in {unlike} of {len(stood)} matrices): compare the two at equal "
-        "changes"
+        "changes (equal_change)"
     ]
 
 
@@ -85,7 +94,7 @@ def table(rows: Sequence[Treated]) -> pd.DataFrame:
         head = {"name": matrix.name, "role": matrix.role, "layer": matrix.layer, "status": row.status, "note": row.note}
         records.append(head | row.numbers)
     kinds = dict.fromkeys(("name", "role", "status", "note"), "str") | dict.fromkeys(COUNTS, "Int64")
-    kinds |= dict.fromkeys(("update_norm", "change_norm", "energy_ratio"), "float64")
+    kinds |= dict.fromkeys(FRACTIONS, "float64")
     return pd.DataFrame(records, columns=list(COLUMNS)).astype(kinds)
 
 

@@ -16,8 +16,9 @@ from spectra.checkpoints import Adapter, Checkpoint
 from spectra.checkpoints.adapter_folder import ADAPTER_CONFIG
 from spectra.editing.adapter_files import SLICES, check_adapter, rounded, write_factors
 from spectra.editing.arguments import wholes
-from spectra.editing.edits import Edit, Mitigation, Rewinding, Sides
+from spectra.editing.edits import Edit, Mitigation, Rewinding, Scaling, Truncation
 from spectra.editing.folder import Layout, check_target, copy_files, layout_of, leftovers, put_in_place
+from spectra.editing.leaders import Sides
 from spectra.editing.matrices import Task, Treated, treat
 from spectra.editing.patching import InFiles, InMemory, Store
 from spectra.editing.placing import joined, rows_of
@@ -75,6 +76,7 @@ def mitigate(
     side: Sides = "left",
     keep_spread: bool = False,
     control: bool = False,
+    equal_change: bool = False,
     **options: Any,
 ) -> Edited:
     """Scale the intruder dimensions of a tuned model by `factor` (lambda), and count them again afterwards.
@@ -83,7 +85,8 @@ def mitigate(
     than 1 strengthens them. Of an adapter, the result is an adapter of exact rank r + (number of intruders).
 
     Args:
-        factor, which, k, epsilon, side, keep_spread, control: see `Mitigation`.   options, the rest: as for `edit`.
+        factor, which, k, epsilon, side, keep_spread, control, equal_change: see `Mitigation`.
+        options: the rest, as for `edit`.
     Returns: an `Edited`, whose rows count the intruders before and after, and those that appeared.
     Raises: as `edit`.
 
@@ -94,7 +97,8 @@ def mitigate(
     >>> edited.matrices[columns].values.tolist()  # the one is gone, and what stood behind it is another
     [[1, 1, 1, 1]]
     """
-    return edit(base, tuned, Mitigation(factor, which, k, epsilon, side, keep_spread, control), folder, **options)
+    what = Mitigation(factor, which, k, epsilon, side, keep_spread, control, equal_change)
+    return edit(base, tuned, what, folder, **options)
 
 
 def edit(
@@ -137,6 +141,8 @@ def edit(
     >>> edited.tensors["fc.weight"].tolist()
     [[0.5, 0.5], [0.5, 0.5]]
     """
+    if not isinstance(what, Mitigation | Truncation | Scaling | Rewinding):
+        raise SpectraError(f"{what!r} is no edit; give a Mitigation, Truncation, Scaling or Rewinding")
     where = places(device, workers, cache, cache_limit)
     layers = None if layers is None else wholes(layers, "layers")
     pairs = opened(base, {LABEL: tuned}, include, exclude, transposed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from spectra.checkpoints import Checkpoint
+from spectra.checkpoints import Adapter, Checkpoint
 from spectra.checkpoints.wording import quoted
 from spectra.errors import SpectraError
 from spectra.loading import identical
@@ -56,10 +56,13 @@ def same_vectors(base: Checkpoint, tuned: Checkpoint, pairing: Pairing) -> dict[
     """
     shapes = [{name: info.shape for name, info in side.tensors.items()} for side in (base, tuned)]
     matrices = {pair.tuned_tensor for pair in pairing.pairs}
+    # A fused tensor whose parts were all excluded is left as it is: its own name fits no glob on those.
+    parts = {line.name.partition("[")[0] for line in pairing.unmatched if line.side == "base" and "[" in line.name}
     return {
         name: of_base
         for name, of_base in match_names(*shapes).partners.items()
         if name not in matrices
+        and of_base not in parts
         and tuned.tensors[name].dtype.is_floating_point
         and shapes[0][of_base] == shapes[1][name]
     }
@@ -77,12 +80,47 @@ def chosen_vectors(
 
     Args: layers, include, exclude: as for the matrices, on the base's names.
     """
-    include, exclude = ([given] if isinstance(given, str) else given for given in (include, exclude))
     numbers = number_layers(tuned.tensors)
     return {
         name: of_base
         for name, of_base in same_vectors(base, tuned, pairing).items()
-        if (layers is None or numbers[name] in layers)
-        and (not include or any(fnmatchcase(of_base, pattern) for pattern in include))
-        and not any(fnmatchcase(of_base, pattern) for pattern in exclude)
+        if (layers is None or numbers[name] in layers) and _is_chosen(of_base, include, exclude)
     }
+
+
+def without_base(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    pairing: Pairing,
+    layers: Sequence[int] | None,
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
+    *,
+    with_vectors: bool,
+) -> list[str]:
+    """Tensors of the tuned model that no edit reaches, for the base has none of their name and shape.
+
+    Args:
+        pairing: of all matrices.   layers, include, exclude: those left out by choice are not listed.
+        with_vectors: whether the edit is for biases, norms and the like, too.
+    """
+    updates = {name: info.shape for name, info in tuned.updates.items()} if isinstance(tuned, Adapter) else {}
+    shapes = {name: info.shape for name, info in tuned.tensors.items() if info.dtype.is_floating_point} | updates
+    partners = match_names({name: info.shape for name, info in base.tensors.items()}, shapes).partners
+    numbers = number_layers(shapes)
+    edited = {pair.tuned_tensor for pair in pairing.pairs}
+    return [
+        name
+        for name, shape in shapes.items()
+        if name not in edited
+        and (with_vectors or len(shape) > 1)
+        and (name not in partners or (base.tensors[partners[name]].shape != shape and name not in updates))
+        and (layers is None or numbers[name] in layers)
+        and _is_chosen(partners.get(name, name), include, exclude)
+    ]
+
+
+def _is_chosen(name: str, include: str | Sequence[str], exclude: str | Sequence[str]) -> bool:
+    include, exclude = ([given] if isinstance(given, str) else given for given in (include, exclude))
+    is_included = not include or any(fnmatchcase(name, pattern) for pattern in include)
+    return is_included and not any(fnmatchcase(name, pattern) for pattern in exclude)

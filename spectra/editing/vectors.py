@@ -14,7 +14,7 @@ from spectra.checkpoints.wording import listed, quoted
 from spectra.editing.edits import Edit, Rewinding
 from spectra.editing.heads import OUTPUTS, head_entries
 from spectra.editing.placing import rows_of
-from spectra.editing.selecting import chosen_vectors, same_vectors
+from spectra.editing.selecting import chosen_vectors, same_vectors, without_base
 from spectra.errors import SpectraError
 from spectra.pairing import Pair, Pairing
 
@@ -69,10 +69,14 @@ def vectors_of(
     """
     if isinstance(what, Rewinding) and what.heads is not None:
         return _of_heads(what, base, tuned, everything, chosen)
+    options = layers, include, exclude
+    lacking = without_base(base, tuned, everything, *options, with_vectors=what.of_vectors is not None)
+    notes = (f"tensors that stay tuned, for the base has none of their name and shape: {listed(lacking)}",)
     if what.of_vectors is None:
-        return [], ()
-    found = chosen_vectors(base, tuned, everything, layers, include, exclude)
-    return [Vector(name, of_base, what.of_vectors) for name, of_base in found.items()], ()
+        return [], notes if lacking else ()
+    found = chosen_vectors(base, tuned, everything, *options)
+    vectors = [Vector(name, of_base, what.of_vectors) for name, of_base in found.items()]
+    return vectors, notes if lacking else ()
 
 
 def _of_heads(

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from spectra.checkpoints import Adapter, open_checkpoint
 from spectra.editing import Mitigation, Rewinding, Scaling, Truncation, edit, mitigate
+from spectra.editing.adapter_files import check_adapter
 from spectra.editing.placing import joined
+from spectra.errors import SpectraError
 from spectra.linalg.lowrank import LowRank
 
 peft = pytest.importorskip("peft")
@@ -121,6 +123,57 @@ def test_the_rank_is_exactly_r_plus_q_and_the_old_factors_keep_their_bits(tmp_pa
     assert {name: after[name].tolist() for name in after} == {name: before[name].tolist() for name in before}
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert list(config["rank_pattern"])[-1] == "bi.*"  # what was there stays, behind
+
+
+AGAIN = [
+    (Mitigation(0.3, "all", 3, 0.8), Mitigation(0.5, "all", 3, 0.8)),
+    (Mitigation(0.3, "all", 3, 0.8), Truncation(rank=1)),
+    (Scaling(0.5), Scaling(0.3)),
+    (Truncation(rank=1), Mitigation(0.0, "all", 3, 0.8)),
+    (Rewinding(), Scaling(2.0)),
+]
+
+
+@pytest.mark.parametrize("case", ["patterns", "embedding", "fused conv1d"])
+@pytest.mark.parametrize("edits", AGAIN, ids=lambda edits: " ".join(type(each).__name__ for each in edits))
+def test_an_edited_adapter_can_be_edited_again(case: str, edits: tuple[Any, Any], tmp_path: Path) -> None:
+    trained = Trained(case, tmp_path)
+    tuned: Any = trained.merged
+    folder = trained.folder
+    for number, what in enumerate(edits):
+        exclude = ["head.*"] if case == "patterns" else []
+        edit(trained.base, folder, what, tmp_path / f"out{number}", exclude=exclude)
+        tuned = {**tuned, **edit(trained.base, tuned, what, exclude=exclude).tensors}
+        folder = tmp_path / f"out{number}"
+    found, expected = trained.with_adapter(folder), trained.with_tensors(tuned)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4 * float(expected.abs().max()))
+
+
+def test_patterns_that_name_a_module_as_an_edit_does_are_replaced(tmp_path: Path) -> None:
+    trained = Trained("linear", tmp_path)
+    path = trained.folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config |= {"rank_pattern": {"^bare": 2, "other": 5}, "alpha_pattern": {"^bare": 7, "^biased": 7}}
+    path.write_text(json.dumps(config))
+    result = edit(trained.base, trained.folder, Truncation(rank=1), tmp_path / "out")
+    assert result.changed == 2 and set(result.matrices["rank_after"].dropna()) == {1}
+    after = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert after["rank_pattern"] == {"^bare": 1, "^biased": 1, "other": 5}
+    assert list(after["rank_pattern"])[-1] == "other" and after["alpha_pattern"] == {"^bare": 3.5, "^biased": 3.5}
+
+
+def test_an_adapter_that_is_read_otherwise_than_meant_is_not_blamed_on_the_disk(tmp_path: Path) -> None:
+    trained = Trained("linear", tmp_path)
+    adapter = open_checkpoint(trained.folder)
+    assert isinstance(adapter, Adapter)
+    path = trained.folder / "adapter_config.json"
+    for change in ({"lora_alpha": 8}, {"r": 3}):
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | change))
+        with pytest.raises(SpectraError, match=r"nothing was written .* merge it") as raised:
+            check_adapter(adapter, {}, trained.folder)
+        assert "disk" not in str(raised.value) and str(tmp_path) not in str(raised.value)
+        path.write_text(before)
 
 
 @pytest.mark.parametrize("safe", [True, False])

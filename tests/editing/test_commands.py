@@ -81,8 +81,8 @@ def test_edits_are_written(files: tuple[Path, Path], tmp_path: Path) -> None:
         (["--heads", "0", "--scale", "1"], "--rewind"),
         (["--rewind", "--heads", "a"], "ranges"),
         (["--rewind", "--layers", "7"], "layer 7"),
-        (["--rewind", "--layers", "1-0"], "'1-0' runs backwards; give 0-1"),
-        (["--rewind", "--heads", "0,3-1"], "'3-1' runs backwards; give 1-3"),
+        (["--rewind", "--layers", "1-0"], "--layers is '1-0', which runs backwards; give 0-1"),
+        (["--rewind", "--heads", "0,3-1"], "--heads is '0,3-1', and '3-1' runs backwards; give 1-3"),
         (["--energy", "2"], "share of energy"),
         (["--scale", "0.5", "--keep", "bottom"], "--keep"),
         (["--rank", "2", "--seed", "1"], "--keep random"),
@@ -96,8 +96,8 @@ def test_contradictions_are_one_sentence(
     files: tuple[Path, Path], tmp_path: Path, options: list[str], words: str
 ) -> None:
     with pytest.raises(SpectraError, match=words):
-        run("edit", *files, *options, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        run("edit", *files, *options, "--out", tmp_path / "new" / "out")
+    assert not any(tmp_path.iterdir())
 
 
 def test_heads_that_are_not_there_leave_nothing_behind(tmp_path: Path) -> None:
@@ -107,8 +107,39 @@ def test_heads_that_are_not_there_leave_nothing_behind(tmp_path: Path) -> None:
         save_file(state, tmp_path / f"{name}.safetensors")
     files = [tmp_path / f"{name}.safetensors" for name in ("base", "tuned")]
     with pytest.raises(SpectraError, match=r"nothing was written; .*has heads 0 to 1, and head 9 was asked for"):
-        run("edit", *files, "--rewind", "--heads", "9", "--head-size", "4", "--out", tmp_path / "out")
+        run("edit", *files, "--rewind", "--heads", "9", "--head-size", "4", "--out", tmp_path / "new" / "er" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "tuned.safetensors"]
+
+
+def test_heads_that_share_a_key_and_value_are_said_to_stay(tmp_path: Path) -> None:
+    sizes = {"q": 16, "k": 8, "v": 8}
+    base = {f"layers.0.self_attn.{side}_proj.weight": torch.eye(size, 16) for side, size in sizes.items()}
+    base["layers.0.self_attn.o_proj.weight"] = torch.eye(16)
+    config = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for name, factor in (("base", 1), ("tuned", 2)):
+        (tmp_path / name).mkdir()
+        save_file({name: factor * W for name, W in base.items()}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    files = [tmp_path / name for name in ("base", "tuned")]
+    note = "not or not wholly edited, for a key and value go back only with all heads that share them: "
+    named = "'layers.0.self_attn.k_proj.weight', 'layers.0.self_attn.v_proj.weight'"
+    for heads, changed in (("0", 2), ("0,1,2", 4)):
+        done = run("edit", *files, "--rewind", "--heads", heads, "--out", tmp_path / heads)
+        assert note + named in done and f"{changed} matrices edited" in done
+        rows = json.loads((tmp_path / heads / "spectra_edit.json").read_text())["matrices"]
+        assert [bool(row["note"]) for row in rows] == [
+            "k_proj" in row["name"] or "v_proj" in row["name"] for row in rows
+        ]
+    assert "wholly" not in run("edit", *files, "--rewind", "--heads", "0,1", "--out", tmp_path / "both")
+
+
+def test_the_control_is_told_from_intruders(files: tuple[Path, Path], tmp_path: Path) -> None:
+    plain = run("mitigate", *files, "--out", tmp_path / "plain")
+    assert "intruders before" in plain and "base directions" not in plain
+    done = run("mitigate", *files, "--lambda", "0.5", "--control", "--equal-change", "--out", tmp_path / "out")
+    assert "base directions scaled" in done and "lambda" in done and "control changed" not in done
+    with pytest.raises(SpectraError, match="ask for the control, too"):
+        run("mitigate", *files, "--equal-change", "--out", tmp_path / "other")
 
 
 @pytest.mark.parametrize("how", [[], ["--quiet"], ["--json"]])

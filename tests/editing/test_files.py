@@ -296,6 +296,160 @@ def test_the_control_scales_as_many_base_directions(tmp_path: Path) -> None:
     np.testing.assert_allclose(change, -s[at] * np.outer(U[:, at], Vt[at]), atol=1e-6)
 
 
+@pytest.mark.parametrize("which", ["top", "all"])
+def test_a_control_can_be_made_to_change_as_much_as_the_scaling_of_intruders(which: Any) -> None:
+    """Per matrix (1 - lambda_c) = (1 - lambda) sqrt(sum s'_j^2 / sum s_i^2); the intruders are stronger than s_0."""
+    base, tuned = models()
+    tuned = {name: base[name] + 10 * (tuned[name] - base[name]) if name in base else tuned[name] for name in tuned}
+    options: dict[str, Any] = {"factor": 0.7, "which": which, "include": "*wte*"}
+    scaled = mitigate(base, tuned, **options).matrices
+    found = mitigate(base, tuned, control=True, equal_change=True, **options)
+    row = found.matrices.iloc[0]
+    W, after = (X["wte.weight"].double().numpy() for X in (base, tuned))
+    intruders = find_intruders({"a.weight": base["wte.weight"]}, {"a.weight": tuned["wte.weight"]}).intruders
+    strengths = intruders["tuned_singular_value"].to_numpy()[: 1 if which == "top" else None]
+    U, s, Vt = np.linalg.svd(W, full_matrices=False)
+    near: list[int] = []
+    for strength in strengths:
+        near.append(min(set(range(len(s))) - set(near), key=lambda i: abs(s[i] - strength)))
+    factor = 1 - 0.3 * np.sqrt((strengths**2).sum() / (s[near] ** 2).sum())
+    assert row["control_lambda"] == pytest.approx(factor, rel=1e-5) and factor < 0.7
+    change = found.tensors["wte.weight"].double().numpy() - after
+    np.testing.assert_allclose(change, (factor - 1) * (U[:, near] * s[near]) @ Vt[near], atol=1e-5)
+    assert row["change_norm"] == pytest.approx(scaled["change_norm"][0], rel=1e-5)
+    assert not any("control" in note for note in found.notes) and row["note"] == ""
+    plain = mitigate(base, tuned, control=True, **options).matrices
+    assert plain["control_lambda"].tolist() == [0.7] and scaled["control_lambda"].isna().all()
+
+
+def test_a_control_of_base_directions_that_are_zero_cannot_change_as_much() -> None:
+    base, tuned = {"a.weight": torch.zeros(4, 4)}, {"a.weight": torch.full((4, 4), 0.25)}
+    base["a.weight"][0, 0] = 8
+    options: dict[str, Any] = {"factor": 0.0, "epsilon": 0.9, "k": 1, "control": True, "equal_change": True}
+    result = mitigate(base, tuned, **options)
+    row = result.matrices.iloc[0]
+    assert (row["status"], row["intruders_before"], row["intruders_scaled"]) == ("unchanged", 1, 0)
+    assert "not or not wholly edited, for the base directions nearest in strength are zero: 'a.weight'" in result.notes
+
+
+def test_what_has_no_directions_is_not_mitigated() -> None:
+    """As `find_intruders` has it: of an all-zero base every direction would be new, and none is counted."""
+    torch.manual_seed(0)
+    zero, some = torch.zeros(40, 50), torch.randn(40, 50)
+    for base, tuned, which in ((zero, some, "base"), (some, zero, "tuned")):
+        for control in (False, True):
+            result = mitigate({"a.weight": base}, {"a.weight": tuned}, factor=0.0, which="all", control=control)
+            (row,) = result.matrices.to_dict("records")
+            assert (row["status"], row["note"]) == (
+                "unchanged",
+                f"the {which} weight is all zero and has no directions",
+            )
+            assert not result.tensors and result.matrices.filter(like="intruders").isna().all(axis=None)
+            assert f"not or not wholly edited, for {row['note']}: 'a.weight'" in result.notes
+    found = find_intruders({"a.weight": zero}, {"a.weight": some}).matrices
+    assert found["left_intruders"].isna().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rounding_that_a_mitigation_leaves_is_no_intruder(dtype: torch.dtype) -> None:
+    generator = np.random.default_rng(1)
+    U, V = orthonormal(generator, 40, 3), orthonormal(generator, 50, 3)
+    base = torch.from_numpy(np.outer(U[:, 0], V[:, 0])).to(dtype)
+    tuned = torch.from_numpy(2 * np.outer(U[:, 1], V[:, 1]) + np.outer(U[:, 2], V[:, 2])).to(dtype)
+    result = mitigate({"a.weight": base}, {"a.weight": tuned}, factor=0.0, which="all", k=2)
+    row = result.matrices.iloc[0]
+    assert row["intruders_before"] == row["intruders_scaled"] == 2
+    assert row["intruders_after"] == row["intruders_appeared"] == (2 if dtype == torch.bfloat16 else 0)
+
+
+def test_a_full_decomposition_in_the_place_of_a_quick_one_is_said(tmp_path: Path) -> None:
+    generator = np.random.default_rng(6)
+    U, V = orthonormal(generator, 300, 5), orthonormal(generator, 200, 5)
+    W, tuned = ({"a.weight": torch.from_numpy((U * [1, 0.5, s, s / 2, s / 4]) @ V.T).float()} for s in (1e-2, 1e-5))
+    source = safetensors_file(tmp_path / "tuned", tuned)
+    note = "the leading directions of 1 matrix are from a full SVD of W', since squaring would spoil them"
+    result = mitigate(W, source, tmp_path / "out", k=5)
+    assert note in result.notes and note in json.loads((tmp_path / "out" / "spectra_edit.json").read_text())["notes"]
+    assert not any("full SVD" in said for said in mitigate(W, tuned, k=2).notes)
+
+
+@pytest.mark.parametrize("what", [Scaling(0.0), Rewinding(), Truncation(rank=1), Mitigation()])
+def test_what_the_base_lacks_is_named(what: Any, tmp_path: Path) -> None:
+    base, tuned = models()
+    tuned |= {
+        "classifier.weight": torch.ones(3, HIDDEN),
+        "classifier.bias": torch.ones(3),
+        "h.1.extra.bias": torch.ones(4),
+    }
+    base["pooler.bias"], tuned["pooler.bias"] = torch.zeros(5), torch.zeros(6)  # of another shape
+    result = edit(base, safetensors_file(tmp_path / "tuned", tuned), what, tmp_path / "out")
+    said = [note for note in result.notes if "base has none" in note]
+    names = ["'classifier.bias'", "'classifier.weight'", "'h.1.extra.bias'", "'pooler.bias'"]
+    expected = names if isinstance(what, Scaling | Rewinding) else names[1:2]
+    assert [sorted(note.partition(": ")[2].split(", ")) for note in said] == [expected]
+    assert said[0].startswith("tensors that stay tuned")
+    assert all(torch.equal(loaded(tmp_path / "out")[name.strip("'")], tuned[name.strip("'")]) for name in names)
+    assert not any("base has none" in note for note in edit(base, tuned, what, include="wte.*").notes)
+    assert not any("base has none" in note for note in edit(base, tuned, what, layers=[0]).notes)
+
+
+def test_a_fused_tensor_whose_parts_are_all_excluded_stays() -> None:
+    base, tuned = models()
+    config = open_checkpoint(base).described("the base", config=CONFIG)
+    result = edit(config, tuned, Scaling(0.5), exclude="*c_attn.weight*")
+    assert "h.0.attn.c_attn.weight" not in result.tensors and "wte.weight" in result.tensors
+    assert "h.0.attn.c_attn.weight" not in edit(config, tuned, Scaling(0.5), exclude="*[[]?]").tensors
+
+
+def test_what_is_no_edit_is_refused() -> None:
+    base, tuned = models()
+    for what in ("rewind", None, Rewinding):
+        with pytest.raises(SpectraError, match="is no edit; give a Mitigation, Truncation, Scaling or Rewinding"):
+            edit(base, tuned, what)  # type: ignore[arg-type]
+
+
+def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    base, tuned = models()
+    source = safetensors_file(tmp_path / "tuned", tuned)
+    for place in ("disk/real", "empty"):
+        (tmp_path / place).mkdir(parents=True)
+    edit(base, source, Scaling(0.5), tmp_path / "disk" / "real")
+    for name, place in (("link", "disk/real"), ("other", "empty"), ("ahead", "disk/new/er")):
+        (tmp_path / name).symlink_to(tmp_path / place)
+        result = edit(base, source, Scaling(0.0), tmp_path / name, force=name == "link")
+        assert result.folder == tmp_path / name and (tmp_path / name).is_symlink()
+        assert torch.equal(loaded(tmp_path / place)["wte.weight"], base["wte.weight"])
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned", "disk", "empty", "link", "other", "ahead"}
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"real", "new"}
+
+
+def test_nothing_is_written_into_an_input(tmp_path: Path) -> None:
+    base, tuned = models()
+    files = safetensors_folder(tmp_path / "base", base), safetensors_folder(tmp_path / "tuned", tuned)
+    (tmp_path / "link").symlink_to(tmp_path / "tuned")
+    for place in ("tuned/sub", "tuned/1_Pooling/deep/er", "link/sub", "base/sub"):
+        with pytest.raises(SpectraError, match=r"lies inside .*(tuned|base), .* choose a folder outside of it"):
+            edit(*files, Scaling(0.5), tmp_path / place)
+    assert {path.name for path in (tmp_path / "tuned").rglob("*")} == {*digests(files[1]), "1_Pooling"} - {
+        "1_Pooling/config.json"
+    }
+    # A file does not own the folder that it lies in.
+    edit(base, files[1] / "model.safetensors", Scaling(0.5), tmp_path / "tuned" / "of_the_file")
+
+
+def test_parents_that_an_edit_made_go_with_it(tmp_path: Path) -> None:
+    base, tuned = models()
+    source = safetensors_file(
+        tmp_path / "tuned", {name: W * torch.nan if W.ndim > 1 else W for name, W in tuned.items()}
+    )
+    (tmp_path / "there").mkdir()
+    with pytest.raises(SpectraError, match="nothing was written"):
+        mitigate(base, source, tmp_path / "there" / "a" / "b" / "out")
+    assert not any((tmp_path / "there").iterdir())
+    edit(base, safetensors_file(tmp_path / "sound", tuned), Scaling(0.5), tmp_path / "there" / "a" / "b" / "out")
+    assert (tmp_path / "there" / "a" / "b" / "out" / "model.safetensors").exists()
+
+
 def test_nothing_is_overwritten_unless_forced_and_never_an_input(tmp_path: Path) -> None:
     base, tuned = models()
     source = safetensors_folder(tmp_path / "tuned", tuned)
@@ -463,6 +617,8 @@ def test_other_parts_of_a_model_are_copied_with_their_weights(tmp_path: Path) ->
     assert all(there[name] == digests(source)[name] for name in kept)
     assert not any(name.startswith(("checkpoint", "onnx", "openvino", ".", "gone", "else")) for name in there)
     assert "not copied, for their weights are not edited: 'checkpoint-5', 'onnx', 'openvino'" in result.notes
+    copied = next(note for note in result.notes if note.startswith("copied as they are, for they hold nothing of the"))
+    assert "'vocab.bin'" in copied and "'2_Dense/model.safetensors'" in copied
     assert "not copied, for they are hidden folders or links to folders: '.cache', 'elsewhere'" in result.notes
     assert "not copied, for they are links to files that are not there: 'gone.txt'" in result.notes
 

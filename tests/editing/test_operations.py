@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectra.editing import Mitigation, Rewinding, Scaling, Truncation
-from spectra.editing.heads import head_entries
+from spectra.editing.heads import head_entries, shared_heads
 from spectra.editing.operations import (
     change_norm,
     components,
@@ -157,6 +157,8 @@ def test_heads_are_rows_of_q_k_v_and_columns_of_the_output() -> None:
     assert not rows.any()  # the key head is shared with query head 2
     rows, _ = head_entries(matrix("key", rows=4), CONFIG, [3, 4, 5])  # type: ignore[misc]
     assert np.flatnonzero(rows).tolist() == [2, 3]
+    assert shared_heads(matrix("key", rows=4), CONFIG, [0, 1, 3, 4, 5]) == [0, 1]
+    assert shared_heads(matrix("query"), CONFIG, [0, 1]) == [] == shared_heads(matrix("key", rows=4), CONFIG, range(6))
     assert head_entries(matrix("mlp_up"), CONFIG, [0]) == "has no heads"
     assert "not known" in str(head_entries(matrix("qkv"), CONFIG, [0]))
 
@@ -178,6 +180,7 @@ def test_heads_that_are_not_there_or_not_known_are_refused() -> None:
         lambda: Mitigation(factor=float("nan")),
         lambda: Mitigation(factor="0.5"),  # type: ignore[arg-type]
         lambda: Mitigation(k=0),
+        lambda: Mitigation(equal_change=True),
         lambda: Mitigation(k=2.5),  # type: ignore[arg-type]
         lambda: Mitigation(epsilon="half"),  # type: ignore[arg-type]
         lambda: Scaling(float("inf")),
