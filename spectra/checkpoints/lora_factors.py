@@ -108,10 +108,13 @@ def _without_wrapper(name: str) -> str:
 def _under_base_names(whole: Mapping[str, Entry], adapter_names: Iterable[str]) -> dict[str, Entry]:
     renamed: dict[str, Entry] = {}
     for name, entry in whole.items():
+        plain = name
         for adapter in adapter_names:
-            name = name.replace(f".modules_to_save.{adapter}.", ".")
-        name = _without_wrapper(name.replace(".modules_to_save.", "."))
-        renamed[name] = replace(entry, info=replace(entry.info, name=name))
+            plain = plain.replace(f".modules_to_save.{adapter}.", ".")
+        plain = _without_wrapper(plain.replace(".modules_to_save.", "."))
+        # With bias="all" the bias of a module that was trained whole is stored twice; PEFT loads the plain name's.
+        if plain == name or plain not in renamed:
+            renamed[plain] = replace(entry, info=replace(entry.info, name=plain))
     return renamed
 
 
