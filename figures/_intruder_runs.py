@@ -143,26 +143,32 @@ def _thresholds(before: nn.Module, after: nn.Module) -> pd.DataFrame:
 
 
 def _mitigated(before: Task, after: Task, old: OldTask, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """Scores of both tasks at every lambda: top intruder of each matrix, all of them, and base directions instead."""
+    """Scores of both tasks at every lambda: top intruder of each matrix, all of them, and base directions instead, by
+    the same lambda and by the one that moves the weights as far.
+    """
     body: VisionTransformer = after.model.body  # type: ignore[assignment]
     at_first = _score(old(before.model.body))  # type: ignore[arg-type]
     weights = {name: value.clone() for name, value in after.model.state_dict().items()}
     for which in ("top", "all"):
-        for control in (False, True):
+        for control, equal_change in ((False, False), (True, False), (True, True)):
             for factor in sizes.factors:
                 edited = mitigate(
-                    before.model, weights, factor=factor, which=which, control=control, include=BLOCKS, device="cpu"
-                )
+                    before.model, weights, factor=factor, which=which, control=control, equal_change=equal_change,
+                    include=BLOCKS, device="cpu",
+                )  # fmt: skip
                 after.model.load_state_dict(weights | dict(edited.tensors))
+                moved = edited.matrices["change_norm"].dropna().to_numpy()
                 yield {
                     "which": which,
                     "control": control,
+                    "equal_change": equal_change,
                     "lambda": factor,
                     "score": _score(after),
                     "old_score": _score(old(body)),
                     "old_score_before": at_first,
                     "intruders_scaled": int(edited.matrices["intruders_scaled"].sum()),
                     "intruders_after": int(edited.matrices["intruders_after"].sum()),
+                    "change_norm": float((moved * moved).sum() ** 0.5),
                 }
     after.model.load_state_dict(weights)
 

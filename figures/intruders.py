@@ -6,7 +6,8 @@ intruders there are at every threshold epsilon, the matrices |U0^T U'| of two we
 From a small vision transformer that was pre-trained on Fashion-MNIST and learns MNIST, drawn as `intruders_trained`:
 intruders against epsilon, rank and learning rate, of LoRA and of full fine-tuning, over the steps of training, and
 beside what was forgotten; and as `intruders_causal`: the score on MNIST, and what is forgotten of Fashion-MNIST, when
-the singular values of the intruders are scaled by lambda, beside the same scaling of neighbouring base directions.
+the singular values of the intruders are scaled by lambda, beside the same scaling of neighbouring base directions, and
+beside one of them that moves the weights as far.
 
     python figures/intruders.py                                   draws from intruders_*.csv, those there are
     python figures/intruders.py --real                            makes those of the real pair first
@@ -44,6 +45,11 @@ HERE = Path(__file__).resolve().parent
 REAL, TRAINED = ("epsilon", "similarity", "rank"), ("runs", "thresholds", "lambda")
 SHOWN = 20  # leading directions of the similarity matrices
 TOP, PUBLISHED = 10, 0.5  # of which leading directions, and under which best cosine, the published intruders are
+ARMS = (  # control, equal change
+    (False, False, "intruders scaled", LINES[0]),
+    (True, False, "base directions, by the same lambda", LINES[1]),
+    (True, True, "base directions, changed as much", LINES[2]),
+)
 NAMES = {"10k": "bert_ft_10k_25s", "ft": "bert_ft"}
 
 
@@ -178,15 +184,16 @@ def causal(table: pd.DataFrame) -> Figure:
         rows = table[of_model & (table["which"] == which)]
         for row, quantity in enumerate(("score", "forgetting")):
             ax = axes[row, column]
-            for control, name, style in ((False, "intruders scaled", LINES[0]), (True, "base directions", LINES[1])):
-                over(ax, rows[rows["control"] == control], "lambda", quantity, style, name)
+            for control, equal, name, style in ARMS:
+                of_arm = (rows["control"] == control) & (rows["equal_change"] == equal)
+                over(ax, rows[of_arm], "lambda", quantity, style, name)
             ax.axvline(1, color=GREY, linestyle=":", linewidth=1)
             words = {"score": "accuracy, MNIST", "forgetting": "lost accuracy, Fashion-MNIST"}[quantity]
             model = "LoRA" if method == "lora" else "Full"
             title = f"{model} at {rate:g}: {titles[which]}" if row == 0 else ""
             panel(ax, title, r"$\lambda$" if row else "", "" if column else words, legend=False)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 

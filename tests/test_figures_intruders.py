@@ -95,6 +95,15 @@ def test_lambda_one_is_the_tuned_model_and_zero_takes_intruders_out() -> None:
     assert (scaled["intruders_scaled"] > 0).any()
 
 
+def test_the_second_control_moves_the_weights_as_far_as_the_intruders_do() -> None:
+    scores = table("lambda").set_index(["method", "learning_rate", "seed", "which", "lambda"])
+    of_intruders, same_lambda = (scores[scores["control"] == control] for control in (False, True))
+    as_far = same_lambda[same_lambda["equal_change"]]["change_norm"]
+    same_lambda = same_lambda[~same_lambda["equal_change"]]
+    np.testing.assert_allclose(as_far, of_intruders["change_norm"].loc[as_far.index], rtol=1e-3, atol=1e-3)
+    assert (same_lambda["change_norm"] <= of_intruders["change_norm"].loc[same_lambda.index] + 1e-3).all()
+
+
 def test_every_run_of_the_training_is_there() -> None:
     runs = table("runs")
     assert set(runs["method"]) == {"lora", "full"}

@@ -48,7 +48,7 @@ def open_model_folder(folder: Path) -> Checkpoint:
     chosen = usual[0] if usual else candidates[0]
     checkpoint = open_index(folder / chosen) if INDEX.fullmatch(chosen) else open_weights_file(folder / chosen)
     left = [name for name in candidates if name != chosen]
-    notes = (f"took {quoted(chosen)}, left out {listed(left)}",) if left else ()
+    notes = (f"read {quoted(chosen)}, and not {listed(left)}",) if left else ()
     return checkpoint.described(
         shown(folder), notes=(*notes, *checkpoint.notes), **described_by_config(folder, checkpoint)
     )

@@ -83,7 +83,7 @@ def test_of_two_sets_safetensors_is_taken_and_said(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint["w"].tolist() == [1.0, 1.0]
-    assert checkpoint.notes == ("took 'model.safetensors', left out 'model.fp16.safetensors', 'pytorch_model.bin'",)
+    assert checkpoint.notes == ("read 'model.safetensors', and not 'model.fp16.safetensors', 'pytorch_model.bin'",)
 
 
 def test_a_single_file_of_any_name_is_the_model(tmp_path: Path) -> None:
