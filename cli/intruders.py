@@ -21,7 +21,7 @@ from .progress import progress_bar
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from spectra.intruding import Intrusion
+    from spectra.intrusion import Intrusion
 
 
 class Side(enum.StrEnum):

@@ -98,7 +98,7 @@ def _shift(options: _Options) -> dict[str, Any]:
 
 
 def _intruders(options: _Options) -> dict[str, Any]:
-    from spectra.intruding import Intrusion
+    from spectra.intrusion import Intrusion
 
     result = Intrusion.load(options.folder)
     if options.pictures:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from spectra.comparison import Comparison, load
     from spectra.features.accumulator import CovarianceAccumulator
     from spectra.features.shifting import covariance_shift
-    from spectra.intruding import Intrusion, find_intruders
+    from spectra.intruding import find_intruders
+    from spectra.intrusion import Intrusion
     from spectra.linalg.lowrank import LowRank
     from spectra.overlapping import Overlap, overlap
     from spectra.shift import CovarianceShift
@@ -58,7 +59,7 @@ _HOMES = {
     "Comparison": "spectra.comparison",
     "CovarianceAccumulator": "spectra.features.accumulator",
     "CovarianceShift": "spectra.shift",
-    "Intrusion": "spectra.intruding",
+    "Intrusion": "spectra.intrusion",
     "LowRank": "spectra.linalg.lowrank",
     "Overlap": "spectra.overlapping",
     "compare": "spectra.comparing",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from pathlib import Path
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from spectra.engines.studying import Progress, opened, places, study
 from spectra.errors import SpectraError
+from spectra.intrusion import SIDES, Intrusion, is_share
 from spectra.jobs import CAN_FAIL, failed
 from spectra.labels import labelled
 from spectra.linalg.lowrank import LowRank
@@ -22,111 +22,12 @@ from spectra.measures.intruders import CLUSTER_GAP
 from spectra.measures.tuned import FALLBACKS, tuned_triplets
 from spectra.pairing import Pair
 from spectra.report import wording
-from spectra.report.intruder_tables import deepest, intruder_counts, tables
-from spectra.tables_on_disk import Kind, load_tables, save_tables
+from spectra.report.intruder_tables import tables
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from spectra.cache import SpectrumCache
-    from spectra.report.intruder_plots import IntruderPlots
 
 Source = Any  # a path, a hub id, a state dict, an nn.Module, or an open Checkpoint
-
-KIND = Kind("intruders", "intruders", "intruders.json", "intruders_")
-TABLES = ("triplets", "matrices", "unmatched")
-SIDES: dict[str, tuple[Side, ...]] = {"left": ("left",), "right": ("right",), "both": ("left", "right")}
-
-
-@dataclass(frozen=True)
-class Intrusion:
-    """The intruder dimensions of tuned models, and every leading direction that was looked at.
-
-    *LoRA vs Full Fine-tuning: An Illusion of Equivalence* (Shuttleworth, Andreas, Torralba, Sharma, arXiv 2410.21228).
-    Every column is defined in `spectra/definitions.md`.
-
-    Attributes:
-        triplets: a row per (tuned, matrix, side, leading triplet j < k of the tuned weight), intruder or not. What is
-            said for any threshold and any smaller k follows from it.
-        matrices: a row per (tuned, matrix): its counts at `epsilon`, which solvers ran, and why one failed.
-        unmatched: what was not looked at: tuned, name, side (base | tuned), reason.
-        provenance: inputs with hashes, options (k, epsilon, side), versions, notes.
-    """
-
-    triplets: pd.DataFrame
-    matrices: pd.DataFrame
-    unmatched: pd.DataFrame
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def k(self) -> int:
-        """How many leading triplets of each matrix were looked at."""
-        return int(self.provenance["options"]["k"])
-
-    @property
-    def reach(self) -> int:
-        """k, or the most leading triplets that any matrix has where that is less: the short side of the largest."""
-        return deepest(self.matrices, self.k)
-
-    @property
-    def epsilon(self) -> float:
-        """The threshold that was asked for."""
-        return float(self.provenance["options"]["epsilon"])
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        """Whose directions were looked at: left, right, or both."""
-        return SIDES[self.provenance["options"]["side"]]
-
-    @property
-    def intruders(self) -> pd.DataFrame:
-        """The rows of `triplets` with best_cosine < epsilon, and `spread`: whether y_j is no new direction after all.
-
-        It is `spread` where its projection on the base components near its partner reaches epsilon.
-        """
-        rows = self.triplets[self.triplets["best_cosine"] < self.epsilon].reset_index(drop=True)
-        return rows.assign(spread=rows["cluster_cosine"] >= self.epsilon)
-
-    def counts(self, epsilons: Sequence[float] | None = None, ks: Sequence[int] | None = None) -> pd.DataFrame:
-        """How many intruders there are for every threshold and every k: a row per (tuned, side, k, epsilon).
-
-        Args: by default the epsilon and the k that were asked for; no k may be larger than that one.
-        Returns: columns tuned, side, k, epsilon, `intruders` (in all matrices together) and `matrices_with_intruders`.
-        Raises: SpectraError for a k beyond what was looked at, and thresholds outside [0, 1].
-        """
-        epsilons = [self.epsilon] if epsilons is None else list(epsilons)
-        ks = [self.k] if ks is None else list(ks)
-        if any(not isinstance(k, Integral) or not 1 <= k <= self.k for k in ks):
-            raise SpectraError(
-                f"k is a whole number between 1 and {self.k}, how many were looked at; find them with more"
-            )
-        if not all(_is_share(epsilon) for epsilon in epsilons):
-            raise SpectraError("a threshold on cosines is a number between 0 and 1")
-        return intruder_counts(self.triplets, list(dict.fromkeys(self.matrices["tuned"])), self.sides, epsilons, ks)
-
-    def __repr__(self) -> str:
-        words = [f"{row.intruders} of {row.tuned} ({row.side})" for row in self.counts().itertuples()]
-        return f"Intrusion({', '.join(words)}; k = {self.k}, epsilon = {self.epsilon:g})"
-
-    @property
-    def plot(self) -> IntruderPlots:
-        """The pictures: each method returns matplotlib Axes and takes `ax=`."""
-        from spectra.report.intruder_plots import IntruderPlots
-
-        return IntruderPlots(self)
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the tables (`intruders_*.parquet`) and `intruders.json` into `folder`, each file atomically.
-
-        It may be the folder of a saved `Comparison`. Raises `SpectraError` where it cannot be written.
-        """
-        return save_tables(folder, KIND, {name: getattr(self, name) for name in TABLES}, self.provenance)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Intrusion:
-        """Read what `save` wrote. Raises `SpectraError` where `folder` holds none."""
-        tables, provenance = load_tables(folder, KIND, TABLES)
-        return cls(**tables, provenance=provenance)
 
 
 def find_intruders(
@@ -172,7 +73,7 @@ def find_intruders(
     """
     if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
         raise SpectraError(f"k must be a whole number of directions, at least 1, not {k!r}")
-    if not _is_share(epsilon) or not _is_share(cluster_gap) or cluster_gap == 1:
+    if not is_share(epsilon) or not is_share(cluster_gap) or cluster_gap == 1:
         raise SpectraError(
             f"epsilon must be a number between 0 and 1, and cluster_gap one from 0 to below 1, not {epsilon!r} and "
             f"{cluster_gap!r}"
@@ -278,10 +179,6 @@ def _without_direction(found: Sequence[_Finding]) -> list[str]:
 def _zero(count: int, subject: str) -> str:
     words = ("is", "has") if count == 1 else ("are", "have")
     return f"{subject} {words[0]} zero to rounding and {words[1]} no direction"
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
 def _tabulated(

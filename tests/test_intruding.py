@@ -22,7 +22,8 @@ from typer.testing import CliRunner, Result
 
 import spectra
 from spectra.errors import SpectraError
-from spectra.intruding import Intrusion, find_intruders
+from spectra.intruding import find_intruders
+from spectra.intrusion import Intrusion
 from tests.reference.intruder_loop import count_intruders
 from tests.reference.intruders import best_matches
 from tests.reference.singular import Array

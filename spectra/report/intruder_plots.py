@@ -13,7 +13,7 @@ from spectra.report.wording import counted
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from spectra.intruding import Intrusion
+    from spectra.intrusion import Intrusion
 
 Side = Literal["left", "right"]
 
