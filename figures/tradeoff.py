@@ -54,10 +54,10 @@ class Sizes:
 
 QUICK = Sizes(
     pretraining=400,
-    steps=60,
+    steps=90,
     tested=1000,
     positions=(0.0, 0.5, 1.0),
-    rates=(RATE, 1e-2),
+    rates=(RATE,),
     rates_of_full=(1e-3, RATE),
     seeds=(0, 1),
 )

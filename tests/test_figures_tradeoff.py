@@ -68,15 +68,15 @@ def script(scripts: Callable[[str], Any]) -> Any:
 def test_the_quick_experiment_learns_forgets_and_is_drawn(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The network, the methods and the steps of `--quick`; one seed and one rate, and a base of fewer steps."""
-    quick = replace(script.QUICK, rates=(script.RATE,), rates_of_full=(script.RATE,), seeds=(0,))
+    """The network, the methods and the rate of `--quick`, with one seed; on the scans, which are fewer, fewer steps."""
+    quick = replace(script.QUICK, rates_of_full=(script.RATE,), seeds=(0,))
     if all(REAL):
         old, new = (Path(str(folder)) for folder in REAL)
-        sizes = replace(quick, pretraining=100, tested=300)
+        sizes = quick
     else:
         old = write_idx(tmp_path / "even", [0, 2, 4, 6, 8], test=150, zipped=True)
         new = write_idx(tmp_path / "odd", [1, 3, 5, 7, 9], test=150, zipped=False)
-        sizes = replace(quick, pretraining=60, batch_size=32, tested=150)
+        sizes = replace(quick, pretraining=60, steps=60, batch_size=32, tested=150)
     work = tmp_path / "work" / "quick"
     table = script.run(old, new, work, sizes, workers=0)
     assert (table["status"] == "finished").all(), table["reason"].dropna().tolist()
@@ -84,7 +84,7 @@ def test_the_quick_experiment_learns_forgets_and_is_drawn(
     plain = table[table["matched_position"].isna()].set_index("method")
     slices, frozen = plain.loc["slice", "score"], plain.loc["head", "score"]
     assert (table["retained_before"] > 0.6).all()  # the base knows its own images
-    assert slices.min() > frozen + 0.2  # every slice learns far more than the head alone
+    assert slices.max() > frozen + 0.2 and slices.min() > frozen + 0.15  # far more than the head alone learns
     assert plain.loc["head", "forgetting"] == 0
     lost = table[table["method"].isin(["slice", "full"])]["forgetting"]
     assert lost.min() >= 0 and lost.max() > 0.1
