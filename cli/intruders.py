@@ -166,7 +166,9 @@ def _said(result: Intrusion) -> Iterator[str]:
     for row in result.counts().to_dict("records"):
         own = found[(found["tuned"] == row["tuned"]) & (found["side"] == row["side"])]
         of_model = result.matrices[result.matrices["tuned"] == row["tuned"]]
-        looked_at = of_model[of_model["status"] != "failed"]
+        read = of_model[of_model["status"] != "failed"]
+        looked_at = read[read[f"{row['side']}_intruders"].notna()]
+        zero = len(read) - len(looked_at)
         of_side, most = f"{row['side']} directions", result.reach
         top = f"the top {row['k']} {of_side}" if most == row["k"] else f"all {of_side} (at most {most} of a matrix)"
         spread = int(own["spread"].sum())
@@ -174,6 +176,7 @@ def _said(result: Intrusion) -> Iterator[str]:
             f"{printable(row['tuned'])}: {counted(row['intruders'], 'intruder')} among {top}, in "
             f"{row['matrices_with_intruders']} of {matrices(len(looked_at))} (epsilon = {number(row['epsilon'], 2)})"
             + (f"; {spread} of them only spread over a cluster of base directions" if spread else "")
+            + (f"; {matrices(zero)} beside, all zero before or after, without directions" if zero else "")
         )
     for row in result.matrices[result.matrices["status"] == "failed"].to_dict("records"):
         yield f"failed: {printable(row['name'])}: {row['note']}"

@@ -47,7 +47,7 @@ def overlap(
     which they move the same way; each with what random updates would show. Updates near those do not touch, and a merge
     keeps both; where they share directions a merge adds up (positive cosine) or cancels (negative). The numbers are of
     whole updates. Where some matrices moved much further than the rest, as a retrained layer does, those without them
-    are shown beside, and no verdict is given where they tell another thing; --exclude takes matrices out altogether.
+    are shown beside, with their own verdict where that is another one; --exclude takes matrices out altogether.
 
     Examples:
 

@@ -100,7 +100,7 @@ class Overlap:
         """Sentences on every pair, each with the numbers that led to it: do the updates add up, cancel, or miss?
 
         They are of the whole updates. Where some matrices moved much further than the rest, what the numbers are
-        without them is said beside, and no verdict is given where that would be another one.
+        without them is said beside, with its own verdict where that is another one (against the base, without any).
         """
         from spectra.report.overlap_sentences import overlap_findings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -422,11 +423,12 @@ def test_what_is_zero_to_rounding_follows_the_digits_of_the_weights() -> None:
 
 
 @pytest.mark.parametrize("size", [60, 300])  # solved in stacks, and alone
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_comparison_knows_the_same_directions(size: int, dtype: torch.dtype) -> None:
-    pair = steep(10.0 ** -np.minimum(np.arange(float(size)), 9), dtype)
-    (count,) = find_intruders(*pair).matrices["left_intruders"]
-    assert spectra.compare(*pair).layers["intruders"].tolist() == [count]
+@pytest.mark.parametrize("dtypes", list(product((torch.float32, torch.float64), repeat=2)))
+def test_a_comparison_knows_the_same_directions(size: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    pair = steep(10.0 ** -np.minimum(np.arange(float(size)), 9), torch.float64)
+    base, tuned = ({k: X.to(dtype) for k, X in state.items()} for state, dtype in zip(pair, dtypes, strict=True))
+    (count,) = find_intruders(base, tuned).matrices["left_intruders"]
+    assert spectra.compare(base, tuned).layers["intruders"].tolist() == [count]
 
 
 def test_reach_is_of_the_matrices_and_not_of_what_was_left_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def _of_control(rows: Sequence[Treated]) -> list[str]:
     return [
         f"the control changed the weights by {made:.3g}, and the scaling of intruders changes them by {meant:.3g} at "
         f"the same lambda (more than {ABOUT:.0%} apart in {unlike} of {len(stood)} matrices): compare the two at equal "
-        "changes (equal_change)"
+        "changes (--equal-change, or equal_change=True)"
     ]
 
 

@@ -70,8 +70,8 @@ def zero_to_rounding(base: AnySpectrum, tuned: AnyTriplets, digits: torch.dtype 
 
     Args: the spectrum of W, the leading triplets of W'. The dtype of their vectors tells how many digits W' has, and in
         a stack, whose vectors are float64 always, `digits` does: the dtype in which W' is stored.
-    Returns: with float32 on either side, and for triplets that were iterated, what storing W' in float32 does, sqrt(p)
-        eps; with float64 throughout, max(m, n) eps, and SQUARED for factors upon a base that was squared.
+    Returns: with vectors in float32 on either side, and for triplets that were iterated, what storing W' in float32
+        does, sqrt(p) eps; with float64 throughout, max(m, n) eps, and SQUARED for factors upon a base that was squared.
     """
     if isinstance(base, Spectrum) and isinstance(tuned, Triplets):
         is_wide = base.U.dtype == tuned.Y.dtype == torch.float64 and isnan(tuned.residual)

@@ -76,6 +76,7 @@ def measure(
         stored,
         update_form="low rank" if isinstance(tuned, LowRank) else "dense",
         digits=torch.float64 if exact else torch.float32,
+        tuned_digits=tuned_dtype,
         top=top,
         epsilon=epsilon,
     )

@@ -71,6 +71,7 @@ def rows(
     *,
     update_form: str,
     digits: torch.dtype,
+    tuned_digits: torch.dtype,
     top: int,
     epsilon: float,
 ) -> list[Measured]:
@@ -80,6 +81,7 @@ def rows(
         base: the spectra of W.   tuned: the leading triplets of W'.   split: D in the basis of W.
         update_values: (..., k) the singular values of D, NaN where they are not known.   stored: the rounding of
             storage.   update_form: "dense" or "low rank".   digits: the dtype whose eps the digits of D have.
+        tuned_digits: that in which W' is stored.
         top, epsilon: as of `measure`.
     """
     s, s_tuned = base.S.cpu().numpy(), padded(tuned.S.cpu().numpy(), base.S.shape[-1], np.nan)
@@ -106,7 +108,7 @@ def rows(
         "effective_rank_base": effective_rank(s),
         "effective_rank_tuned": effective_rank(s_tuned),
         "spectral_shift": spectral_shift(s, s_tuned),
-        **_leading_directions(base, tuned, top, epsilon, digits),
+        **_leading_directions(base, tuned, top, epsilon, tuned_digits),
         "rounding_floor": stored.floor,
         "below_rounding_floor": relative_update < FLOOR_FACTOR * stored.floor,
         "unmoved_share": stored.unmoved_share,

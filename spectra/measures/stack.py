@@ -47,6 +47,7 @@ def measure_stack(
         stored,
         update_form="dense",
         digits=torch.float64 if exact else torch.float32,
+        tuned_digits=tuned_dtype,
         top=top,
         epsilon=epsilon,
     )

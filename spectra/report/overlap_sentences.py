@@ -22,8 +22,8 @@ DIFFERENT = "The two tell different things, so that no verdict is given."
 def overlap_findings(table: pd.DataFrame, labels: Sequence[str]) -> list[Finding]:
     """What is said of overlaps: what stands apart, how each update lies to the base, and each pair to each other.
 
-    The numbers are those of whole updates, and those without what stands apart beside them; a verdict is given where
-    both come to the same.
+    The numbers are those of whole updates, and those without what stands apart beside them; where the two
+    are judged differently, a pair gets both verdicts, and an update against the base none.
 
     Args: table: `matrices` of an `Overlap`.   labels: of its tuned models, in order.
     """
@@ -119,7 +119,8 @@ def _pair(row: pd.Series[Any], rest: pd.Series[Any] | None) -> Finding:
     text += f"; in {matrices(row['matrices'])} that both moved their leading directions overlap by {overlaps}."
     beside, of_rest = _beside(row, rest)
     if rest is not None and _relation(rest) != _relation(row):
-        return Finding(f"{text}{beside} {DIFFERENT}", numbers | of_rest, labels, [])
+        both = f"Of the whole: {_verdict(row, longer(row))} Without what stands apart: {_verdict(rest, longer(rest))}"
+        return Finding(f"{text}{beside} The two tell different things. {both}", numbers | of_rest, labels, [])
     length = longer(row)
     return Finding(f"{text}{beside} {_verdict(row, length)}", numbers | of_rest | {"longer": length}, labels, [])
 

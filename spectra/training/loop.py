@@ -90,6 +90,7 @@ class Loop:
         started = time.perf_counter() - position.seconds
         last_loss = float("nan")
         save_every = ceil(self.steps / 10) if settings.save_every is None else settings.save_every
+        self.optimiser.zero_grad()  # a base may come with gradients of its own training
         if position.step == 0:
             self._look(started)
         else:

@@ -33,7 +33,7 @@ from spectra.training.run import COMPARISON, SUMMARY, Run, load_run
 from spectra.training.saving import save_result, save_trained
 from spectra.training.settings import TrainSettings
 from spectra.training.sharding import Sharded, is_asked_for
-from spectra.training.state import STATE, fingerprint, load_state, seeded
+from spectra.training.state import STATE, draw_apart, fingerprint, load_state, seeded
 from spectra.training.stopping import wish_to_stop
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def train(
             model = method(built.task, chosen.method, preparation)
             log = _log(chosen, folder, accelerator, 0 if saved is None else saved["journal"], force)
             loop = _ready(chosen, folder, accelerator, built, model, mark, log, progress)
+            draw_apart(chosen.seed, accelerator.process_index)
             if saved is not None:
                 loop.restore(saved)
             _train(loop)

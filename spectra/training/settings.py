@@ -279,7 +279,8 @@ _EITHER = (
 )
 _OF_A_SLICE = ("method.position", "method.start", "method.position_pattern", "method.start_pattern")
 
-# What changes where and how a run is made and kept, and none of its numbers.
+# What changes where and how a run is made and kept, and none of its numbers. (Their rounding, and the masks of dropout,
+# follow the device and the number of processes.)
 _SAYS_HOW = {"out", "save_every", "device", "shard", "cache", "compare", "trackers"}
 
 # What a run that diverged may go on with otherwise: it decides numbers, and which steps it held for is noted.

@@ -51,8 +51,9 @@ class Together(nn.Module):
         self.models = nn.ModuleList(models)
 
     def forward(self, call: Callable[[], Tensor]) -> Tensor:
-        """What `call`, which runs one of the models, gives."""
-        return call()
+        """What `call`, which runs one of the models, gives; no view, whose gradient would not pass through the root."""
+        found = call()
+        return found.clone() if found._is_view() else found
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,11 @@ class Sharded:
             if parameter is not None and (parameter.requires_grad or not self.is_adapter)
         ]
         whole: dict[nn.Parameter, nn.Parameter] = {}
-        for _, _, parameter in places:
-            if parameter not in whole:  # tied weights stay tied
-                full = whole_tensor(parameter.detach())
-                if self.is_first:
-                    device = own_share(parameter).device if self.is_adapter else full.device
-                    whole[parameter] = nn.Parameter(full.to(device), parameter.requires_grad)
+        for parameter in dict.fromkeys(parameter for _, _, parameter in places):  # tied weights once, in all processes
+            full = whole_tensor(parameter.detach())
+            if self.is_first:
+                device = own_share(parameter).device if self.is_adapter else full.device
+                whole[parameter] = nn.Parameter(full.to(device), parameter.requires_grad)
         try:
             for parameters, name, parameter in places:
                 parameters[name] = whole.get(parameter, parameter)

@@ -106,6 +106,15 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
         getattr(torch, device.type).set_rng_state(state["device"])
 
 
+def draw_apart(seed: int, process: int) -> None:
+    """Let the generators of one of several processes draw other numbers (masks of dropout) than those of the first."""
+    if process:
+        own = int(np.random.SeedSequence((seed, process)).generate_state(1)[0])
+        random.seed(own)
+        np.random.seed(own)
+        torch.manual_seed(own)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """All generators start from `seed`; the caller's come back afterwards."""

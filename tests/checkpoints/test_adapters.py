@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,29 @@ def test_modules_to_save_and_biases_bear_the_names_of_the_base(tmp_path: Path) -
     assert isinstance(adapter, Adapter)
     assert set(adapter) >= {"head.weight", "head.bias", "layers.0.q.bias", "layers.2.v.bias"}
     assert set(adapter) <= set(model.before) and set(adapter.updates) <= set(model.before)
+
+
+def test_a_bias_that_is_stored_twice_is_the_one_that_peft_loads(tmp_path: Path) -> None:
+    """With bias="all", once under its plain name and once as a part of the module that was trained whole."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        layers = {"fc": nn.Linear(4, 4), "head": nn.Linear(4, 3), "tail": nn.Sequential(nn.Linear(3, 3))}
+        return nn.Sequential(OrderedDict(layers))
+
+    config = peft.LoraConfig(r=2, target_modules=["fc"], bias="all", modules_to_save=["head", "tail"])
+    peft.get_peft_model(base(), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    copies = [name for name in tensors if ".modules_to_save." in name]
+    assert len(copies) == 2
+    tensors |= {name: tensors[name] + 1 for name in copies}
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    adapter = open_checkpoint(tmp_path)
+    whole = {f"{module}.{kind}" for module in ("head", "tail.0") for kind in ("weight", "bias")}
+    assert set(adapter) == whole | {"fc.bias"}
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path).merge_and_unload()
+    assert all(torch.equal(adapter[name], loaded.state_dict()[name]) for name in adapter)
 
 
 @pytest.mark.parametrize("options", [{"target_modules": ["q", "embed"]}, {"target_modules": ["v"], "use_rslora": True}])

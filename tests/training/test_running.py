@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +30,7 @@ from spectra.training.loop import _train_mode
 from spectra.training.methods import Preparation, method_named
 from spectra.training.saving import save_trained
 from spectra.training.settings import TrainSettings
+from spectra.training.state import draw_apart, random_state, restore_random_state, seeded
 from spectra.training.tasks import evaluate
 from tests.test_tensor_files import no_file_above
 from tests.training.small import Base, WithNewHead, inputs, make_base, method_settings, new_task, old_task, run_small
@@ -374,6 +377,35 @@ def test_curves_show_both_tasks(tmp_path: Path) -> None:
     assert old.get_ydata()[0] == 1.0
     assert new.get_ydata()[-1] == run.summary["score"]
     plt.close("all")
+
+
+def test_gradients_that_a_base_comes_with_are_left_behind(tmp_path: Path) -> None:
+    runs = []
+    for name in ("clean", "stale"):
+        base = make_base()
+        if name == "stale":
+            base(inputs()).square().sum().backward()
+        settings = {
+            "method": {"name": "full"},
+            "optimiser": {"steps": 2},
+            "compare": False,
+            "out": str(tmp_path / name),
+        }
+        runs.append(train(settings, base=base, task=new_task, compare=False))
+    assert_same(*runs)
+
+
+def test_processes_draw_masks_of_their_own() -> None:
+    drawn_numbers = []
+    for process in range(3):
+        with seeded(5):
+            before = random_state(torch.device("cpu"))
+            draw_apart(5, process)
+            drawn_numbers.append((torch.rand(1).item(), float(np.random.rand()), random.random()))
+            restore_random_state(before, torch.device("cpu"))
+            first = torch.rand(1).item(), float(np.random.rand()), random.random()
+    assert drawn_numbers[0] == first
+    assert all(len({*numbers}) == 3 for numbers in zip(*drawn_numbers, strict=True))
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
