@@ -272,7 +272,7 @@ def opposed_in_what_moved_most(strength: float, rest: float) -> tuple[dict[str, 
     return base, tuned
 
 
-def test_a_verdict_without_most_of_the_updates_stands_beside_that_of_the_whole(
+def test_verdicts_of_the_whole_and_of_the_rest_stand_side_by_side(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """They oppose each other in nearly all that moved, half of a matrix's norm, and agree in the rest."""
