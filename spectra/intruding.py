@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from spectra.engines.studying import Progress, opened, places, study
 from spectra.errors import SpectraError
-from spectra.intrusion import SIDES, Intrusion, is_share
+from spectra.intrusion import SIDES, Intrusion
 from spectra.jobs import CAN_FAIL, failed
 from spectra.labels import labelled
-from spectra.linalg.lowrank import LowRank
 from spectra.loading import BaseMatrix, Group
 from spectra.measures.familiarity import Familiarity, Side, familiarity
 from spectra.measures.intruders import CLUSTER_GAP
-from spectra.measures.tuned import FALLBACKS, tuned_triplets
+from spectra.measures.tuned import tuned_triplets, why_in_full, without_directions
+from spectra.numeric import is_share, is_whole
 from spectra.pairing import Pair
 from spectra.report import wording
 from spectra.report.intruder_tables import tables
@@ -71,7 +70,7 @@ def find_intruders(
     >>> find_intruders(base, tuned, k=1, epsilon=0.9).intruders[["index", "partner"]].values.tolist()
     [[0, 0]]
     """
-    if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
+    if not is_whole(k) or k < 1:
         raise SpectraError(f"k must be a whole number of directions, at least 1, not {k!r}")
     if not is_share(epsilon) or not is_share(cluster_gap) or cluster_gap == 1:
         raise SpectraError(
@@ -89,7 +88,7 @@ def find_intruders(
     options = {"k": k, "epsilon": epsilon, "side": side, "cluster_gap": cluster_gap, "fast": fast,
                "include": list(include), "exclude": list(exclude)}  # fmt: skip
     provenance = pairs.provenance(options, where)
-    provenance["notes"] += [*_full_decompositions(found), *_without_direction(found)]
+    provenance["notes"] += [*wording.in_full([one.fallback] for one in found), *_without_direction(found)]
     unmatched = [
         (label, item.name, item.side, item.reason)
         for label, pairing in pairs.pairings.items()
@@ -108,6 +107,7 @@ class _Finding:
     note: str
     sides: Mapping[Side, Familiarity] = field(default_factory=dict)
     solvers: tuple[str, str, float] = ("", "", float("nan"))
+    fallback: str = ""  # why the triplets are from a full SVD
     zeros: int = 0  # how many of the leading triplets are zero to rounding
 
 
@@ -134,14 +134,10 @@ class _Search:
             tuned = base.tuned(pair)
             if tuned is None:
                 return _Finding(label, pair, "unchanged", pair.note)
-            wide = torch.float64 in (pair.base_dtype, pair.tuned_dtype) or isinstance(tuned, LowRank)
-            dtype = self.dtype or (torch.float64 if wide else torch.float32)
-            spectrum = base.spectrum(dtype)
+            spectrum = base.spectrum_beside(tuned, self.dtype)
             triplets = tuned_triplets(base.weight, spectrum, tuned, self.k, self.fast)
-            zero = [name for name, S in (("base", spectrum.S), ("tuned", triplets.S)) if S[0] == 0]
-            if zero:
-                note = f"the {' and the '.join(zero)} weight is all zero and has no directions"
-                return _Finding(label, pair, "compared", "; ".join(filter(None, (pair.note, note))))
+            if zero := without_directions(spectrum, triplets):
+                return _Finding(label, pair, "compared", "; ".join(filter(None, (pair.note, zero))))
             sides = {side: familiarity(spectrum, triplets, self.k, side, self.gap) for side in self.sides}
             shown = min(self.k, *spectrum.shape)
             zeros = shown - len(sides[self.sides[0]].best_cosine)
@@ -150,22 +146,11 @@ class _Search:
         solvers = spectrum.algorithm, triplets.algorithm, triplets.residual
         note = _zero(zeros, f"{zeros} of {wording.counted(shown, 'leading triplet')}") if zeros else ""
         note = "; ".join(filter(None, (pair.note, note)))
-        return _Finding(label, pair, "compared", note, sides, solvers, zeros)
+        return _Finding(label, pair, "compared", note, sides, solvers, why_in_full(triplets), zeros)
 
 
 def _failed(error: BaseException, label: str, pair: Pair, side: str | None = None) -> _Finding:
     return _Finding(label, pair, "failed", failed(error, label, pair, side).note)
-
-
-def _full_decompositions(found: Sequence[_Finding]) -> list[str]:
-    """Of how many matrices the full SVD was taken, by the reason for it."""
-    notes = []
-    for ending, why in FALLBACKS.items():
-        count = sum(one.solvers[1].endswith(ending) for one in found)
-        if count:
-            of_which = wording.matrices(count)
-            notes.append(f"the leading directions of {of_which} are from a full SVD of W', since {why}")
-    return notes
 
 
 def _without_direction(found: Sequence[_Finding]) -> list[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spectra.errors import SpectraError
+from spectra.numeric import is_share, is_whole
 from spectra.tables_on_disk import Kind, load_tables, save_tables
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Intrusion:
 
         epsilons = [self.epsilon] if epsilons is None else list(epsilons)
         ks = [self.k] if ks is None else list(ks)
-        if any(not isinstance(k, Integral) or not 1 <= k <= self.k for k in ks):
+        if not all(is_whole(k) and 1 <= k <= self.k for k in ks):
             raise SpectraError(
                 f"k is a whole number between 1 and {self.k}, how many were looked at; find them with more"
             )
@@ -117,8 +117,3 @@ class Intrusion:
         """Read what `save` wrote. Raises `SpectraError` where `folder` holds none."""
         tables, provenance = load_tables(folder, KIND, TABLES)
         return cls(**tables, provenance=provenance)
-
-
-def is_share(value: object) -> bool:
-    """Whether a value is a number from 0 to 1, as cosines and shares are."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1

@@ -74,6 +74,14 @@ class BaseMatrix:
                 raise not_finite(self.stored, self.pair, "base") from error
         return self._spectra[dtype]
 
+    def spectrum_beside(self, tuned: Tensor | LowRank, dtype: torch.dtype | None = None) -> Spectrum:
+        """The spectrum of W that W' (or D as factors, as `tuned` gives them) is held against.
+
+        Without a dtype asked for, its vectors are float64 for factors and beside a float64 weight, else float32.
+        """
+        wide = isinstance(tuned, LowRank) or torch.float64 in (self.stored.dtype, tuned.dtype)
+        return self.spectrum(dtype or (torch.float64 if wide else torch.float32))
+
     def tuned(self, pair: Pair) -> Tensor | LowRank | None:
         """W' (m x n) as the numerics take it, or the update D as its factors; None where W' is W, to the last bit."""
         stored = None if pair.is_untouched else pair.load_tuned()

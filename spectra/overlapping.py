@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from spectra.linalg.lowrank import LowRank
 from spectra.loading import BaseMatrix, Group
 from spectra.measures.overlap_measures import Held, hold_against
 from spectra.measures.subspaces import leading
+from spectra.numeric import is_whole
 from spectra.pairing import Pair
 from spectra.report.overlap_pairs import BASE, PAIRS, pooled_pairs
 from spectra.report.overlap_tables import tables
@@ -166,7 +166,7 @@ def overlap(
 
     j = i if j is None else j
     for count in (i, j):
-        if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+        if not is_whole(count) or count < 1:
             raise SpectraError(
                 f"subspaces have a whole number of directions: i and j must be at least 1, not {count!r}"
             )

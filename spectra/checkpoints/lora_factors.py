@@ -111,10 +111,9 @@ def _under_base_names(whole: Mapping[str, Entry], adapter_names: Iterable[str]) 
         plain = name
         for adapter in adapter_names:
             plain = plain.replace(f".modules_to_save.{adapter}.", ".")
-        again = re.sub(r"\.modules_to_save\.[^.]+\.", ".", plain)
-        plain = _without_wrapper(
-            again if again != plain and again in whole else plain.replace(".modules_to_save.", ".")
-        )
+        unnamed = re.sub(r"\.modules_to_save\.[^.]+\.", ".", plain)
+        is_copy = unnamed != plain and unnamed in whole
+        plain = _without_wrapper(unnamed if is_copy else plain.replace(".modules_to_save.", "."))
         # With bias="all" the bias of a module that was trained whole is stored twice; PEFT loads the plain name's.
         if plain == name or plain not in renamed:
             renamed[plain] = replace(entry, info=replace(entry.info, name=plain))

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import isfinite
-from numbers import Integral, Real
 from typing import Any
 
 from spectra.errors import SpectraError
+from spectra.numeric import is_number, is_whole
 
 
 def number(value: Any, name: str, example: str = "0.5") -> float:
     """A finite number as Python's own. Raises SpectraError for text, NaN and the like."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value):
+    if not is_number(value):
         raise SpectraError(f"{name} is {value!r}; give a number such as {example}")
     return float(value)
 
 
 def whole(value: Any, name: str) -> int:
     """A whole number as Python's own. Raises SpectraError for 2.5, 2.0, "2" and the like."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_whole(value):
         raise SpectraError(f"{name} is {value!r}; give a whole number")
     return int(value)
 

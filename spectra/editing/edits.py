@@ -11,7 +11,7 @@ import torch
 
 from spectra.editing.arguments import number, whole, wholes
 from spectra.editing.heads import SHARED, UNKNOWN, head_entries, shared_heads
-from spectra.editing.leaders import Leaders, Sides, leaders_of, spectrum_for
+from spectra.editing.leaders import Leaders, Sides, leaders_of
 from spectra.editing.operations import (
     Keep,
     Update,
@@ -130,7 +130,7 @@ class Mitigation:
 
     def _control(self, subject: Subject, leaders: Leaders, chosen: list[int]) -> Applied:
         """What `apply` does to base directions in the place of the chosen intruders."""
-        spectrum = spectrum_for(subject.base, subject.tuned)
+        spectrum = subject.base.spectrum_beside(subject.tuned)
         near = nearest_components(spectrum, leaders.triplets.S[chosen])
         U, S, V = (X[..., near] for X in (spectrum.U, spectrum.S, spectrum.V))
         strength, own = (float(torch.linalg.vector_norm(s.double())) for s in (leaders.triplets.S[chosen], S))

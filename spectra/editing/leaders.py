@@ -10,12 +10,11 @@ import torch
 
 from spectra.linalg.lowrank import LowRank
 from spectra.linalg.products import matmul
-from spectra.linalg.svd import Spectrum
 from spectra.linalg.triplets import Triplets
 from spectra.loading import BaseMatrix
 from spectra.measures.familiarity import Familiarity, familiarity
 from spectra.measures.intruders import zero_to_rounding
-from spectra.measures.tuned import FALLBACKS, tuned_triplets
+from spectra.measures.tuned import tuned_triplets, why_in_full, without_directions
 
 Sides = Literal["left", "right", "both"]
 SAME = 0.5  # |cosine| from which on a direction counts as one that was there before
@@ -43,27 +42,18 @@ class Leaders:
     @property
     def fallback(self) -> str:
         """Why the triplets are from a full SVD, where a quicker way did not do; "" otherwise."""
-        if self.zero:
-            return ""
-        return next((why for ending, why in FALLBACKS.items() if self.triplets.algorithm.endswith(ending)), "")
+        return "" if self.zero else why_in_full(self.triplets)
 
 
 def leaders_of(base: BaseMatrix, tuned: torch.Tensor | LowRank, k: int, side: Sides) -> Leaders:
     """The k leading triplets of a tuned weight (W', or D as factors), held against the base."""
-    spectrum = spectrum_for(base, tuned)
+    spectrum = base.spectrum_beside(tuned)
     triplets = tuned_triplets(base.weight, spectrum, tuned, k)
-    zero = " and the ".join(name for name, S in (("base", spectrum.S), ("tuned", triplets.S)) if S[0] == 0)
-    if zero:
-        return Leaders(triplets, (), zero=f"the {zero} weight is all zero and has no directions")
+    if zero := without_directions(spectrum, triplets):
+        return Leaders(triplets, (), zero=zero)
     sides: tuple[Literal["left", "right"], ...] = ("left", "right") if side == "both" else (side,)
     found = tuple(familiarity(spectrum, triplets, k, side) for side in sides)
     return Leaders(triplets, found, zero_to_rounding(spectrum, triplets))
-
-
-def spectrum_for(base: BaseMatrix, tuned: torch.Tensor | LowRank) -> Spectrum:
-    """Of the base, in float64 for factors, as `find_intruders` takes it: both count the same, and share a cache."""
-    wide = isinstance(tuned, LowRank) or torch.float64 in (base.weight.dtype, tuned.dtype)
-    return base.spectrum(torch.float64 if wide else torch.float32)
 
 
 def counted(before: Leaders, after: Leaders, epsilon: float, stored: torch.dtype) -> dict[str, int]:

@@ -15,7 +15,7 @@ from spectra.editing.edits import Edit
 from spectra.editing.matrices import ABOUT, Treated, is_unlike
 from spectra.engines.studying import Opened, Places
 from spectra.linalg.lowrank import LowRank
-from spectra.report.wording import matrices
+from spectra.report.wording import in_full
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,9 +47,7 @@ def said(rows: Sequence[Treated], vectors: int) -> list[str]:
     for why in dict.fromkeys(row.kept for row in rows if row.kept):
         names = [row.pair.matrix.name for row in rows if row.kept == why]
         found.append(f"not or not wholly edited, for {why}: {listed(names)}")
-    for why in dict.fromkeys(why for row in rows for why in row.fallbacks):
-        count = sum(why in row.fallbacks for row in rows)
-        found.append(f"the leading directions of {matrices(count)} are from a full SVD of W', since {why}")
+    found += in_full(row.fallbacks for row in rows)
     found += _of_control(rows)
     failed = sum(row.status == "failed" for row in rows)
     if failed:

@@ -23,7 +23,7 @@ from spectra.editing.matrices import Task, Treated, treat
 from spectra.editing.patching import InFiles, InMemory, Store
 from spectra.editing.placing import joined, rows_of
 from spectra.editing.record import said, table, widened, write_record
-from spectra.editing.selecting import of_layers, require_apart, require_components
+from spectra.editing.selecting import Choice, of_layers, require_apart, require_components
 from spectra.editing.vectors import Vector, vectors_of
 from spectra.engines import local
 from spectra.engines.devices import ieee_products
@@ -150,7 +150,8 @@ def edit(
     require_apart(pairing)
     if isinstance(what, Rewinding) and what.components is not None:
         require_components(pairing, what.components[0])
-    vectors, kept = vectors_of(what, pairs.base, checkpoint, pairs.pairings[LABEL], pairing, layers, include, exclude)
+    choice = Choice(layers, include, exclude)
+    vectors, kept = vectors_of(what, pairs.base, checkpoint, pairs.pairings[LABEL], pairing, choice)
     if folder is None:
         memory = InMemory(checkpoint)
         rows, updates, written = _run(what, pairs, pairing, vectors, where, memory, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from spectra.checkpoints import Adapter, Checkpoint
@@ -68,40 +69,41 @@ def same_vectors(base: Checkpoint, tuned: Checkpoint, pairing: Pairing) -> dict[
     }
 
 
-def chosen_vectors(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    pairing: Pairing,
-    layers: Sequence[int] | None,
-    include: str | Sequence[str],
-    exclude: str | Sequence[str],
-) -> dict[str, str]:
-    """Those of `same_vectors` that are moved where whole matrices are.
+@dataclass(frozen=True)
+class Choice:
+    """Which tensors an edit is for: layers (None: all), and globs on the base's names."""
 
-    Args: layers, include, exclude: as for the matrices, on the base's names.
-    """
+    layers: Sequence[int] | None
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
+
+    def takes(self, name: str, layer: int | None) -> bool:
+        """Whether it is for a tensor of this name in the base, of this layer."""
+        include, exclude = ([given] if isinstance(given, str) else given for given in (self.include, self.exclude))
+        return (
+            (self.layers is None or layer in self.layers)
+            and (not include or any(fnmatchcase(name, pattern) for pattern in include))
+            and not any(fnmatchcase(name, pattern) for pattern in exclude)
+        )
+
+
+def chosen_vectors(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, choice: Choice) -> dict[str, str]:
+    """Those of `same_vectors` that are moved where whole matrices are."""
     numbers = number_layers(tuned.tensors)
     return {
         name: of_base
         for name, of_base in same_vectors(base, tuned, pairing).items()
-        if (layers is None or numbers[name] in layers) and _is_chosen(of_base, include, exclude)
+        if choice.takes(of_base, numbers[name])
     }
 
 
 def without_base(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    pairing: Pairing,
-    layers: Sequence[int] | None,
-    include: str | Sequence[str],
-    exclude: str | Sequence[str],
-    *,
-    with_vectors: bool,
+    base: Checkpoint, tuned: Checkpoint, pairing: Pairing, choice: Choice, *, with_vectors: bool
 ) -> list[str]:
     """Tensors of the tuned model that no edit reaches, for the base has none of their name and shape.
 
     Args:
-        pairing: of all matrices.   layers, include, exclude: those left out by choice are not listed.
+        pairing: of all matrices.   choice: what it leaves out is not listed.
         with_vectors: whether the edit is for biases, norms and the like, too.
     """
     updates = {name: info.shape for name, info in tuned.updates.items()} if isinstance(tuned, Adapter) else {}
@@ -115,12 +117,5 @@ def without_base(
         if name not in edited
         and (with_vectors or len(shape) > 1)
         and (name not in partners or (base.tensors[partners[name]].shape != shape and name not in updates))
-        and (layers is None or numbers[name] in layers)
-        and _is_chosen(partners.get(name, name), include, exclude)
+        and choice.takes(partners.get(name, name), numbers[name])
     ]
-
-
-def _is_chosen(name: str, include: str | Sequence[str], exclude: str | Sequence[str]) -> bool:
-    include, exclude = ([given] if isinstance(given, str) else given for given in (include, exclude))
-    is_included = not include or any(fnmatchcase(name, pattern) for pattern in include)
-    return is_included and not any(fnmatchcase(name, pattern) for pattern in exclude)

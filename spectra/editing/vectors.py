@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from spectra.checkpoints.wording import listed, quoted
 from spectra.editing.edits import Edit, Rewinding
 from spectra.editing.heads import OUTPUTS, head_entries
 from spectra.editing.placing import rows_of
-from spectra.editing.selecting import chosen_vectors, same_vectors, without_base
+from spectra.editing.selecting import Choice, chosen_vectors, same_vectors, without_base
 from spectra.errors import SpectraError
 from spectra.pairing import Pair, Pairing
 
@@ -57,24 +57,21 @@ def vectors_of(
     tuned: Checkpoint,
     everything: Pairing,
     chosen: Pairing,
-    layers: Sequence[int] | None,
-    include: str | Sequence[str],
-    exclude: str | Sequence[str],
+    choice: Choice,
 ) -> tuple[list[Vector], tuple[str, ...]]:
     """The vectors that an edit moves, and what is to be said of others.
 
     Args:
         everything, chosen: the pairs of all matrices, and of those that are edited.
-        layers, include, exclude: what those were chosen by, which chooses the vectors as well.
+        choice: what those were chosen by, which chooses the vectors as well.
     """
     if isinstance(what, Rewinding) and what.heads is not None:
         return _of_heads(what, base, tuned, everything, chosen)
-    options = layers, include, exclude
-    lacking = without_base(base, tuned, everything, *options, with_vectors=what.of_vectors is not None)
+    lacking = without_base(base, tuned, everything, choice, with_vectors=what.of_vectors is not None)
     notes = (f"tensors that stay tuned, for the base has none of their name and shape: {listed(lacking)}",)
     if what.of_vectors is None:
         return [], notes if lacking else ()
-    found = chosen_vectors(base, tuned, everything, *options)
+    found = chosen_vectors(base, tuned, everything, choice)
     vectors = [Vector(name, of_base, what.of_vectors) for name, of_base in found.items()]
     return vectors, notes if lacking else ()
 

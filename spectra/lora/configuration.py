@@ -11,7 +11,8 @@ from typing import Any
 
 from spectra.errors import SpectraError
 from spectra.lora.initialisations import METHODS
-from spectra.lora.slices import Scale, check_position, is_number, is_whole
+from spectra.lora.slices import Scale, check_position
+from spectra.numeric import is_number, is_whole
 
 ALL_LINEAR = "all-linear"
 PEFT = "peft:"  # what stands before the name of an initialisation of peft

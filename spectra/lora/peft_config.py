@@ -13,7 +13,7 @@ from torch import nn
 from spectra.errors import SpectraError
 from spectra.lora.configuration import SliceConfig
 from spectra.lora.layers import Kind
-from spectra.lora.peft_folder import pattern_of, targets_of
+from spectra.lora.peft_folder import CAUSAL, pattern_of, targets_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 # load there is not what was trained; under this name peft refuses to, and so does `open_checkpoint`, both citing it.
 UNFINISHED = "pissa-like start, kept apart: save this model with spectra.lora.save_adapter"
 _TASK_TYPES = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
+    **dict.fromkeys(CAUSAL, "CAUSAL_LM"),
     "ForSequenceClassification": "SEQ_CLS",
 }
 

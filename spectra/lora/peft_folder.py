@@ -29,7 +29,7 @@ BESIDE = frozenset({
     "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
     "tokenizer_config.json", "vocab.json", "vocab.txt",
 })  # fmt: skip
-_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+CAUSAL = ("ForCausalLM", "LMHeadModel")  # what names of causal language models end in
 
 
 def check_place(folder: Path, force: bool) -> None:
@@ -120,7 +120,7 @@ def _config(
     most = max(ranks.values())
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if any(_CAUSAL.search(name) for name in architectures) else None,
+        "task_type": "CAUSAL_LM" if any(name.endswith(CAUSAL) for name in architectures) else None,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": most,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isfinite
-from numbers import Integral, Real
-from typing import Literal, TypeGuard
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from torch import Tensor
 from spectra.errors import SpectraError
 from spectra.linalg.slices import singular_slice
 from spectra.linalg.svd import Spectrum
+from spectra.numeric import is_number, is_share, is_whole
 
 Scale = Literal["sqrt_sigma", "orthonormal"]
 
@@ -134,18 +133,8 @@ def slice_start(weight: Tensor, rank: int, *, start: int | None = None, position
 
 def check_position(name: str, position: object) -> None:
     """Raise `SpectraError`, with the name of what was given, for a position that is none."""
-    if not is_number(position) or not 0 <= position <= 1:
+    if not is_share(position):
         raise SpectraError(f"{name} is {position!r}; give a number from 0, the top of the spectrum, to 1, its end")
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a value is a whole number, of Python or of numpy."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a finite number, of Python or of numpy."""
-    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
 
 
 def factor_dtype(weight: Tensor) -> torch.dtype:

@@ -52,6 +52,17 @@ def tuned_triplets(weight: Tensor, base: Spectrum, tuned: Tensor | LowRank, coun
     return _in_full(found, NOT_CONVERGED) if found.algorithm.startswith("ges") else found
 
 
+def why_in_full(tuned: Triplets) -> str:
+    """Why the triplets are from a full SVD of W', where a quicker way did not do; "" otherwise."""
+    return next((why for ending, why in FALLBACKS.items() if tuned.algorithm.endswith(ending)), "")
+
+
+def without_directions(base: Spectrum, tuned: Triplets) -> str:
+    """Why nothing can be said of the directions of W', which is so where W or W' is all zero; "" otherwise."""
+    zero = " and the ".join(name for name, S in (("base", base.S), ("tuned", tuned.S)) if S[0] == 0)
+    return f"the {zero} weight is all zero and has no directions" if zero else ""
+
+
 def factored_triplets(weight: Tensor, base: Spectrum, update: LowRank, count: int, fast: bool = False) -> Triplets:
     """The `count` leading triplets of W' = W + D from the base's spectrum and the factors of D.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
+from collections.abc import Iterable
 from numbers import Integral
 
 ELLIPSIS = "..."
@@ -119,3 +121,18 @@ def listed(names: list[str], most: int = 3, width: int = 60) -> str:
 def pattern(reason: str) -> str:
     """A reason with its numbers and quoted names blanked, so that reasons of one kind can be counted together."""
     return re.sub(r"\d+", "#", re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`", "'#'", reason))
+
+
+def in_full(reasons: Iterable[Iterable[str]]) -> list[str]:
+    """Of how many matrices a full SVD gave the leading directions, a sentence a reason.
+
+    Args: reasons: of every matrix, why it was taken; "" where it was not.
+
+    >>> in_full([["squaring would spoil them"], [""]])
+    ["the leading directions of 1 matrix are from a full SVD of W', since squaring would spoil them"]
+    """
+    counts = Counter(why for of_one in reasons for why in dict.fromkeys(of_one) if why)
+    return [
+        f"the leading directions of {matrices(count)} are from a full SVD of W', since {why}"
+        for why, count in counts.items()
+    ]

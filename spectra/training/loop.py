@@ -21,7 +21,14 @@ from spectra.training.optimising import learning_rate
 from spectra.training.settings import ADJUSTABLE, TrainSettings
 from spectra.training.settings_reading import flat
 from spectra.training.sharding import Sharded, own_share, shared_state, whole_tensor, whole_tensors
-from spectra.training.state import moving_tensors, random_state, restore_random_state, restore_tensors, save_state
+from spectra.training.state import (
+    moving_tensors,
+    random_state,
+    restore_random_state,
+    restore_tensors,
+    save_state,
+    undrawn,
+)
 from spectra.training.tasks import Task, evaluate
 
 if TYPE_CHECKING:
@@ -102,7 +109,7 @@ class Loop:
                 group["lr"] = rate * group["factor"]
             # A step's loss is the mean over all its targets, however they are cut into batches and processes.
             batches = self._batches(step, size)
-            count = self._sum(torch.tensor(float(sum(task.counted(batch) for batch in batches)))).item()
+            count = self._targets(batches)
             if not count:
                 raise SpectraError(f"no target of the training examples of step {step} counts; mend the labels")
             _train_mode(self.model)
@@ -181,18 +188,15 @@ class Loop:
 
         Where examples are drawn at random, the step itself draws them anew, as if nobody had looked.
         """
-        before = random_state(self.accelerator.device)
-        try:
-            return self._loss_without_trace(step, size)
-        finally:
-            restore_random_state(before, self.accelerator.device)
+        with undrawn(self.accelerator.device):
+            batches = self._batches(step, size)
+            if not self._targets(batches):  # which the step itself refuses
+                return 0.0
+            return evaluate(self.task, batches, self.accelerator.autocast, self._sum)["loss"]
 
-    def _loss_without_trace(self, step: int, size: int) -> float:
-        batches = self._batches(step, size)
-        counted_targets = self._sum(torch.tensor(float(sum(self.task.counted(batch) for batch in batches)))).item()
-        if not counted_targets:  # which the step itself refuses
-            return 0.0
-        return evaluate(self.task, batches, self.accelerator.autocast, self._sum)["loss"]
+    def _targets(self, batches: Sequence[Batch]) -> float:
+        """How many targets count in the batches of all processes."""
+        return self._sum(torch.tensor(float(sum(self.task.counted(batch) for batch in batches)))).item()
 
     def _look(self, started: float) -> None:
         """Score the new task and the retained ones, one line each."""

@@ -116,16 +116,21 @@ def draw_apart(seed: int, process: int) -> None:
 
 
 @contextmanager
+def undrawn(device: torch.device) -> Iterator[None]:
+    """Whatever the block draws, all generators stand afterwards where they stood before."""
+    before = random_state(device)
+    try:
+        yield
+    finally:
+        restore_random_state(before, device)
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """All generators start from `seed`; the caller's come back afterwards."""
-    cpu = torch.device("cpu")
-    before = random_state(cpu)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with undrawn(torch.device("cpu")), torch.random.fork_rng(devices=devices):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            restore_random_state(before, cpu)
+        yield
